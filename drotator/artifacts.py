@@ -1,0 +1,162 @@
+"""The run folder: what a run leaves on disk, and how the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drotator.results import LayerResult, LinearResult
+from drotator.rotation import Rotation
+from drotator.training import TrainedRotation
+
+PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
+FREE_TO_CHANGE = ("resume", "baseline", "device")
+"""Settings that a resumed run may change: they do not decide what a layer becomes."""
+
+
+class RunFolder:
+    """One run's files. Each is written to a temporary name and renamed, so that what is there is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint"
+        self.plots = path / "plots"
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any]) -> RunFolder:
+        """Create the folder, or open one that was made with the same settings.
+
+        Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named).
+        """
+        run = cls(path)
+        try:
+            for folder in (path / "layers", path / "rotations", run.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+            if (path / "config.yaml").exists():
+                run._compare(settings)
+            else:
+                write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"The run folder {path} cannot be written: {error.strerror or error}.") from error
+        return run
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        old = flatten(yaml.safe_load((self.path / "config.yaml").read_text()))
+        new = flatten(settings)
+        changed = [
+            f"{name}={new.get(name)} (was {old.get(name)})"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {', '.join(changed)}. "
+                "Give them as they were, or start a new run without resume."
+            )
+
+    def layer_file(self, index: int) -> Path:
+        return self.path / "layers" / f"{index:03d}.safetensors"
+
+    def rotation_file(self, index: int) -> Path:
+        return self.path / "rotations" / f"{index:03d}.safetensors"
+
+    def save_layer(self, index: int, state: dict[str, Tensor], result: LayerResult) -> None:
+        """Save a finished layer: its state dict, and its result in the file's metadata."""
+        save_tensors(self.layer_file(index), state, {"result": json.dumps(asdict(result))})
+
+    def load_layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult]:
+        state, metadata = load_tensors(self.layer_file(index))
+        record = json.loads(metadata["result"])
+        linears = {name: LinearResult(**linear) for name, linear in record.pop("linears").items()}
+        return state, LayerResult(linears=linears, **record)
+
+    def has_rotations(self, num_layers: int) -> bool:
+        return all(self.rotation_file(index).exists() for index in range(num_layers))
+
+    def save_rotation(self, index: int, trained: TrainedRotation) -> None:
+        """Save R1 and R2 as learned, float32, and how the training went in the file's metadata."""
+        record = {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "rotation"}
+        tensors = {"R1": trained.rotation.R1, "R2": trained.rotation.R2}
+        save_tensors(self.rotation_file(index), tensors, {"training": json.dumps(record)})
+
+    def load_rotation(self, index: int) -> TrainedRotation:
+        """The layer's rotation as it was learned; its `polished()` is the one that was merged."""
+        tensors, metadata = load_tensors(self.rotation_file(index))
+        return TrainedRotation(Rotation(tensors["R1"], tensors["R2"]), **json.loads(metadata["training"]))
+
+    def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Raises: ValueError that names the file if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the run resumes at its layer.") from error
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that decide the numbers, and of the git commit where there is one."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if git.returncode == 0:
+        found["commit"] = git.stdout.strip()
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Where the run happens: versions, machine, GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda or "",
+    }

@@ -1,0 +1,44 @@
+"""`drotator eval`: perplexity and zero-shot accuracy of any checkpoint, dense or pruned."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from drotator import evaluation
+from drotator.artifacts import versions, write_text
+from drotator.checkpoint import load_checkpoint, read_metadata
+from drotator.config import EvalCommandConfig
+from drotator.console import console
+from drotator.fetch import load_tokenizer, resolve_model
+from drotator.resources import choose_device
+from drotator.results import first_value
+from drotator.summary import summary_table
+
+logger = logging.getLogger(__name__)
+
+
+def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
+    """Evaluate a checkpoint, print its table and write metrics.json to the run folder.
+
+    Returns: the first perplexity, or minus the zero-shot mean, nan if nothing is measured.
+    Raises: ValueError for a checkpoint that cannot be loaded or data that are missing, before the model is loaded.
+    """
+    device = choose_device(settings.device)
+    folder = resolve_model(settings.model.path, settings.model.revision)
+    tokenizer = load_tokenizer(folder)
+    evaluation.prepare(settings.eval, tokenizer)
+    model = load_checkpoint(folder, dtype=settings.model.dtype, device=device)
+    metrics = evaluation.evaluate(model, tokenizer, settings.eval, seed=settings.seed)
+    record = {
+        "path": str(folder),
+        "checkpoint": read_metadata(folder),
+        "metrics": metrics,
+        "versions": versions(),
+        "provenance": evaluation.provenance(settings.eval, tokenizer),
+    }
+    write_text(run_dir / "metrics.json", json.dumps(record, indent=2, default=str) + "\n")
+    console().print(summary_table({folder.name: metrics}))
+    logger.info("written to %s", run_dir / "metrics.json")
+    return first_value(settings.eval.perplexity, metrics)

@@ -1,0 +1,239 @@
+"""Typed settings of every command: what may be set, its type, its default and what is allowed.
+
+YAML under configs/ composes these schemas; `from_hydra` turns the composed config into plain dataclasses, once, at the
+door. Below that door no code sees omegaconf. A wrong value is a ValueError that names the field, the value and what is
+allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+PRUNERS = ("magnitude", "wanda", "sparsegpt", "none")
+ROTATIONS = ("per_layer", "shared", "none")
+OBJECTIVES = ("entropy", "pruning_error")
+SALIENCES = ("auto", "magnitude", "wanda", "obs", "sequential_obs")
+OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
+BASELINES = ("auto", "always", "never")
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value} is not allowed: {allowed}.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, name, value, f"choose from {', '.join(allowed)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The model to prune.
+
+    path: "embedded" (SmolLM2-135M-Instruct from the package index), a folder, a .gguf file or a hub id.
+    dtype: the dtype in which weights are stored and layers run; auto keeps the checkpoint's own.
+    """
+
+    name: str = "local"
+    path: str = ""
+    revision: str = "main"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _require(self.path != "", "model.path", "''", "give a folder, a .gguf file or a hub id")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrunerConfig:
+    """How weights are removed. damping: part of the mean diagonal of H added to it; block_size: columns of a sweep."""
+
+    name: str = "sparsegpt"
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        _one_of("pruner.name", self.name, PRUNERS)
+        _require(0 < self.damping < 1, "pruner.damping", self.damping, "between 0 and 1")
+        _require(self.block_size >= 1, "pruner.block_size", self.block_size, "1 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class SparsityConfig:
+    """How many weights are removed: `ratio` of them, or all but `keep` of every `group` consecutive inputs."""
+
+    ratio: float = 0.5
+    keep: int = 0
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group or self.keep:
+            _require(self.group >= 2, "sparsity.group", self.group, "2 or more")
+            _require(1 <= self.keep < self.group, "sparsity.keep", self.keep, f"1 to {self.group - 1}")
+        else:
+            _require(0 < self.ratio < 1, "sparsity.ratio", self.ratio, "between 0 and 1, without its ends")
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.group > 0
+
+    @property
+    def fraction(self) -> float:
+        """Part of the weights that is removed."""
+        return 1 - self.keep / self.group if self.is_grouped else self.ratio
+
+    @property
+    def label(self) -> str:
+        """The option's name: 50, 62.5, 2of4."""
+        return f"{self.keep}of{self.group}" if self.is_grouped else f"{100 * self.ratio:g}"
+
+
+@dataclass(kw_only=True, slots=True)
+class RotationConfig:
+    """Where R1 lives: one for each layer, one for the model, or nowhere."""
+
+    name: str = "per_layer"
+
+    def __post_init__(self) -> None:
+        _one_of("rotation.name", self.name, ROTATIONS)
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What the rotation minimises, and the importance it is made of (auto: the pruner's own)."""
+
+    name: str = "pruning_error"
+    salience: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, OBJECTIVES)
+        _one_of("objective.salience", self.salience, SALIENCES)
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """How the rotation is learned.
+
+    learning_rate: of Adam for adam_qr; of body-frame Adam at hidden_size 576 for riemannian_adam (scaled by
+    sqrt(576 / hidden_size)); the first angle in radians for spectral.
+    """
+
+    name: str = "riemannian_adam"
+    steps: int = 200
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _require(self.steps >= 0, "optimizer.steps", self.steps, "0 or more")
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrationConfig:
+    """The text the statistics come from. dataset: c4, wikitext2, local (path: .txt or .jsonl) or embedded."""
+
+    dataset: str = "c4"
+    path: str = ""
+    num_samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("calibration.dataset", self.dataset, ("c4", "wikitext2", "local", "embedded"))
+        _require(self.dataset != "local" or self.path != "", "calibration.path", "''", "give a .txt or .jsonl file")
+        for name in ("num_samples", "seqlen", "batch_size"):
+            _require(getattr(self, name) >= 1, f"calibration.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What is measured. perplexity: sets; tasks: lm-eval names; windows and limit: 0 means all there is.
+
+    source: hub (WikiText-2, C4 and the tasks as lm-eval names them) or embedded (from the package index).
+    """
+
+    name: str = "full"
+    source: str = "hub"
+    perplexity: list[str] = field(default_factory=lambda: ["wikitext2", "c4"])
+    tasks: list[str] = field(default_factory=lambda: ["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])
+    seqlen: int = 2048
+    windows: int = 0
+    limit: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("eval.source", self.source, ("hub", "embedded"))
+        for name in self.perplexity:
+            _one_of("eval.perplexity", name, PERPLEXITY_SETS)
+        _require(self.seqlen >= 2, "eval.seqlen", self.seqlen, "2 or more")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
+        for name in ("windows", "limit"):
+            _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "0 (all) or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneConfig:
+    """Settings of `drotator prune`.
+
+    device: auto, cpu, cuda or cuda:N. resume: the run folder to go on with. baseline: prune the unrotated model too and
+    show it beside the rotated one (auto: in a single run, not in a sweep).
+    """
+
+    model: ModelConfig
+    pruner: PrunerConfig
+    sparsity: SparsityConfig
+    rotation: RotationConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    calibration: CalibrationConfig
+    eval: EvalConfig
+    device: str = "auto"
+    seed: int = 0
+    resume: str = ""
+    baseline: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("baseline", self.baseline, BASELINES)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalCommandConfig:
+    """Settings of `drotator eval`."""
+
+    model: ModelConfig
+    eval: EvalConfig
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckConfig:
+    """Settings of `drotator check`: random rotations, then rotations learned in optimizer.steps steps."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    sparsity: SparsityConfig
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class FetchConfig:
+    """Settings of `drotator fetch`: which model and data sets to bring into the local caches."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig
+    eval: EvalConfig
+
+
+def describe(settings: object) -> dict[str, Any]:
+    """Turn nested settings into plain dicts, for config.yaml and for comparing two runs."""
+    if is_dataclass(settings):
+        return {f.name: describe(getattr(settings, f.name)) for f in fields(settings)}
+    return settings  # type: ignore[return-value]

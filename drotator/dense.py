@@ -1,0 +1,57 @@
+"""The dense model's metrics, measured once for a model and an evaluation and then read from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from drotator import evaluation
+from drotator.architecture import ModelSource
+from drotator.artifacts import versions, write_text
+from drotator.checkpoint import load_checkpoint
+from drotator.config import EvalConfig, describe
+from drotator.fetch import cache_dir
+from drotator.results import Metrics
+
+logger = logging.getLogger(__name__)
+
+DECISIVE_PACKAGES = ("torch", "transformers", "datasets", "lm-eval")
+
+
+def dense_metrics(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, settings: EvalConfig, *, seed: int, device: torch.device
+) -> Metrics:
+    """Evaluate the dense model, or read what an earlier run measured with the same files, settings and versions."""
+    evaluation.prepare(settings, tokenizer)
+    cached = cache_dir() / "dense" / f"{_key(source, tokenizer, settings, seed, device)}.json"
+    if cached.exists():
+        logger.info("dense metrics: measured before (%s)", cached)
+        metrics: Metrics = json.loads(cached.read_text())
+        return metrics
+    model = load_checkpoint(source.folder, dtype=str(source.dtype).removeprefix("torch."), device=device)
+    metrics = evaluation.evaluate(model, tokenizer, settings, seed=seed)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_text(cached, json.dumps(metrics))
+    return metrics
+
+
+def _key(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, settings: EvalConfig, seed: int, device: torch.device
+) -> str:
+    stats = {path: path.stat() for path in sorted(set(source.files.values()))}
+    found = versions()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parts = {
+        "files": [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()],
+        "eval": describe(settings),
+        "provenance": evaluation.provenance(settings, tokenizer),
+        "seed": seed,
+        "dtype": str(source.dtype),
+        "device": where,
+        "versions": {package: found.get(package) for package in DECISIVE_PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

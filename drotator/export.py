@@ -1,0 +1,60 @@
+"""From the files of a run folder to a checkpoint: every tensor by name, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from drotator.architecture import EMBEDDING, FINAL_NORM, HEAD, LAYERS, ModelSource
+from drotator.artifacts import RunFolder
+from drotator.checkpoint import write_checkpoint
+from drotator.rotation import boundary_weight
+
+
+def export_checkpoint(rotation: str, run: RunFolder, source: ModelSource, metadata: dict[str, object]) -> None:
+    """Write run/checkpoint. A plain model of its family, unless `rotation` is per_layer: then with boundaries."""
+    write_checkpoint(
+        run.checkpoint,
+        model_folder=source.folder,
+        tensors=checkpoint_tensors(rotation, run, source),
+        is_rotated=rotation == "per_layer",
+        untie=rotation != "none" and source.is_tied,
+        metadata=metadata,
+        overwrite=True,
+    )
+
+
+def merged_rotation(rotation: str, run: RunFolder, index: int, device: torch.device) -> Tensor | None:
+    """The R1 that stands in a finished layer, (d, d) float64, or None without rotation."""
+    if rotation == "none":
+        return None
+    return run.load_rotation(index).rotation.to(device).polished().R1
+
+
+def checkpoint_tensors(rotation: str, run: RunFolder, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the pruned checkpoint by its name, one layer in memory at a time.
+
+    With per_layer a boundary follows every layer but the last; with any rotation the first R1 is absorbed in the
+    embeddings, the last one and the gain of the final norm in the head. Products are float64, rounded once.
+    """
+    is_rotated = rotation != "none"
+    norm, embedding = source.tensor(f"{FINAL_NORM}.weight"), source.tensor(f"{EMBEDDING}.weight")
+    R1 = merged_rotation(rotation, run, 0, torch.device("cpu"))
+    yield f"{EMBEDDING}.weight", embedding if R1 is None else (embedding.double() @ R1).to(source.dtype)
+    for index in range(source.num_layers):
+        state, _ = run.load_layer(index)
+        for name, tensor in state.items():
+            yield f"{LAYERS}.{index}.{name}", tensor
+        if rotation == "per_layer" and index + 1 < source.num_layers:
+            R1_next = merged_rotation(rotation, run, index + 1, torch.device("cpu"))
+            assert R1 is not None
+            assert R1_next is not None
+            yield f"{LAYERS}.{index}.boundary.weight", boundary_weight(R1, R1_next).to(source.dtype)
+            R1 = R1_next
+    yield f"{FINAL_NORM}.weight", torch.ones_like(norm) if is_rotated else norm
+    if R1 is not None:
+        yield f"{HEAD}.weight", ((source.head_weight().double() * norm.double()) @ R1).to(source.dtype)
+    elif not source.is_tied:
+        yield f"{HEAD}.weight", source.head_weight()

@@ -1,0 +1,241 @@
+"""Objectives: how much importance is out of place in a layer, as a differentiable function of its rotations.
+
+d = hidden_size, m = intermediate_size, h = head_dim, k = num_key_value_heads, q = query heads of each of them.
+Importance S of a weight W_ij: W_ij^2 (magnitude), times (H)_jj (wanda), over (H^-1)_jj (obs), over U_jj^2 with
+H^-1 = U^T U (sequential_obs); design: one factor for each input column, so S = W^2 * energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drotator.architecture import LayerSizes, LayerSpec
+from drotator.config import ObjectiveConfig, SparsityConfig
+from drotator.rotation import rotate_output_columns, rotate_value_rows
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(R1, R2) -> scalar float32, differentiable."""
+
+ObjectiveWithGradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(R1, R2) -> loss, dL/dR1, dL/dR2."""
+
+PRUNER_SALIENCE = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "none": "wanda"}
+PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "sequential_obs"}
+
+
+def chosen_salience(settings: ObjectiveConfig, pruner: str) -> str:
+    """The salience asked for; with auto the pruner's own, as the paper (entropy) or as the sweep uses it."""
+    if settings.salience != "auto":
+        return settings.salience
+    table = PRUNER_SALIENCE if settings.name == "entropy" else PRUNER_SALIENCE_OF_ERROR
+    return table[pruner]
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Weights of a layer with folded norms, and the moments of its inputs. All float32, on one device.
+
+    weights: by LayerSpec field name, (d_out, d_in). hessians: by input, (d_in, d_in), damped where they are inverted.
+    """
+
+    weights: Mapping[str, Tensor]
+    hessians: Mapping[str, Tensor]
+    sizes: LayerSizes
+
+    @classmethod
+    def of_layer(
+        cls, weights: Mapping[str, Tensor], spec: LayerSpec, sizes: LayerSizes, hessians: Mapping[str, Tensor]
+    ) -> LayerProblem:
+        """weights: by module name, as `fold_norms` returns them."""
+        return cls({name: weights[getattr(spec, name)].float() for name in INPUT_OF}, hessians, sizes)
+
+
+INPUT_OF = {
+    "query": "attention",
+    "key": "attention",
+    "value": "attention",
+    "output": "output",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "down",
+}
+
+
+def needed_hessians(settings: ObjectiveConfig, salience: str) -> tuple[str, ...]:
+    """Inputs whose H the objective reads.
+
+    The entropy does not read `down`: it takes that linear's columns alone, and a factor common to a column cancels.
+    """
+    if salience == "magnitude":
+        return ()
+    return ("attention", "output", "mlp") if settings.name == "entropy" else ("attention", "output", "mlp", "down")
+
+
+def damped(H: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) * I. The mean of the diagonal is the same in every basis."""
+    return H + damping * H.diagonal().mean() * torch.eye(len(H), device=H.device, dtype=H.dtype)
+
+
+def column_energy(H: Tensor, R: Tensor | None, salience: str, damping: float) -> Tensor:
+    """Factor of every input column in S = W^2 * energy, in the basis R.
+
+    Args:
+        H: (n, n) float32 or float64, undamped moments in the original basis.
+        R: (n, n) orthogonal, or None for the original basis. Differentiable.
+        salience: wanda: (R^T H R)_jj. obs: 1 / (R^T H^-1 R)_jj. sequential_obs: 1 / U_jj^2 with R^T H^-1 R = U^T U.
+    Returns: (n,), > 0.
+    Source: DenoiseRotator section 3.3; SparseGPT, arXiv 2301.00774, algorithm 1.
+    """
+    if salience == "wanda":
+        return H.diagonal() if R is None else (R * (H @ R)).sum(0)
+    H = damped(H, damping)
+    if salience == "obs":
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+        return 1 / (inverse.diagonal() if R is None else (R * (inverse @ R)).sum(0))
+    # H = V V^T with V upper triangular gives U = V^-1, so 1 / U_jj = V_jj: no inverse is formed.
+    rotated = H if R is None else R.mT @ H @ R
+    return torch.linalg.cholesky(rotated.flip(0, 1)).diagonal().flip(0).square()
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropies of S (r, c) normalised along `dim`, with dE_i/dS_ij = -(log p_ij + E_i) / Z_i in closed form.
+
+    Autograd would meet log 0 where a weight is exactly zero; S log S -> 0 there, and so must its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, dim: int) -> Tensor:
+        Z = S.sum(dim, keepdim=True)
+        log_p = (S / Z).clamp_min(torch.finfo(S.dtype).tiny).log_()
+        E = -(S * log_p).sum(dim, keepdim=True) / Z
+        ctx.save_for_backward(log_p, E, Z)
+        return E.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        log_p, E, Z = ctx.saved_tensors
+        return -(log_p + E) * (grad / Z), None
+
+
+def entropy(S: Tensor, dim: int) -> Tensor:
+    """Sum over all rows (dim=1) or columns (dim=0) of the entropy in nats of S >= 0 normalised in it.
+
+    Source: DenoiseRotator, eq. 5.
+    """
+    value: Tensor = _Entropy.apply(S, dim)
+    return value
+
+
+def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
+    """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
+    if not sparsity.is_grouped:
+        removed = round(sparsity.ratio * S.shape[1])
+        if removed == 0:
+            return S.new_zeros(())
+        threshold = S.detach().kthvalue(removed, dim=1, keepdim=True).values
+        return torch.where(threshold >= S, S, 0).sum()
+    groups = S.unflatten(1, (-1, sparsity.group))
+    if (sparsity.keep, sparsity.group) == (2, 4):
+        return _two_smallest_of_four(groups)
+    return groups.topk(sparsity.group - sparsity.keep, dim=-1, largest=False, sorted=False).values.sum()
+
+
+def _two_smallest_of_four(groups: Tensor) -> Tensor:
+    """Sum of the two smallest of (..., 4), by a sorting network: several times faster than topk."""
+    a, b, c, d = groups.unbind(-1)
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
+    smallest = torch.minimum(low, low2)
+    second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
+    return smallest.sum() + second.sum()
+
+
+def build_objective(
+    settings: ObjectiveConfig, salience: str, sparsity: SparsityConfig, problem: LayerProblem, damping: float
+) -> Objective:
+    """Return the layer's objective as a function of (R1, R2).
+
+    entropy (paper): over rows for query, key, gate, up; over columns for down; over both for value and output.
+    pruning_error: of each linear the importance that the mask will remove, over tr(W H W^T), which no rotation changes.
+    """
+    W, sizes = problem.weights, problem.sizes
+    reads_attention = torch.cat([W["query"], W["key"], W["value"]])
+    reads_mlp = torch.cat([W["gate"], W["up"]])
+    writes_residual = torch.cat([W["output"].mT, W["down"].mT])  # (k q h + m, d)
+    num_query_key = len(W["query"]) + len(W["key"])
+    num_output = W["output"].shape[1]
+    down_energy = None
+    if "down" in problem.hessians:
+        down_energy = column_energy(problem.hessians["down"], None, salience, damping)
+    norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience) for name in W}
+
+    def energy(inputs: str, R: Tensor) -> Tensor | None:
+        if salience == "magnitude":
+            return None
+        return column_energy(problem.hessians[inputs], R, salience, damping)
+
+    def importances(R1: Tensor, R2: Tensor) -> dict[str, Tensor]:
+        attention = reads_attention @ R1
+        value = rotate_value_rows(attention[num_query_key:], R2)
+        writes = (writes_residual @ R1).mT
+        output = rotate_output_columns(writes[:, :num_output], R2, sizes.queries_per_group)
+        attention_energy = energy("attention", R1)
+        mlp_energy = energy("mlp", R1)
+        R_output = torch.block_diag(*R2.repeat_interleave(sizes.queries_per_group, dim=0))
+        return {
+            "query_key": _weigh(attention[:num_query_key], attention_energy),
+            "value": _weigh(value, attention_energy),
+            "output": _weigh(output, energy("output", R_output)),
+            "gate_up": _weigh(reads_mlp @ R1, mlp_energy),
+            "down": _weigh(writes[:, num_output:], down_energy),
+        }
+
+    def entropy_objective(R1: Tensor, R2: Tensor) -> Tensor:
+        S = importances(R1, R2)
+        rows = entropy(S["query_key"], 1) + entropy(S["gate_up"], 1) + entropy(S["value"], 1) + entropy(S["output"], 1)
+        return rows + entropy(S["down"], 0) + entropy(S["value"], 0) + entropy(S["output"], 0)
+
+    def pruning_error(R1: Tensor, R2: Tensor) -> Tensor:
+        S = importances(R1, R2)
+        query, key = S["query_key"].split([len(W["query"]), len(W["key"])])
+        gate, up = S["gate_up"].chunk(2)
+        parts = {"query": query, "key": key, "gate": gate, "up": up, **{n: S[n] for n in ("value", "output", "down")}}
+        return torch.stack([removed_importance(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
+
+    return {"entropy": entropy_objective, "pruning_error": pruning_error}[settings.name]
+
+
+def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:
+    """Sum one objective for each layer over (R1, R2), R2 (layers k, h, h), layer after layer.
+
+    Only one layer's intermediates exist at a time.
+    """
+
+    def evaluate(R1: Tensor, R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, G1, G2 = R1.new_zeros(()), torch.zeros_like(R1), []
+        for objective, R2_layer in zip(objectives, R2.chunk(len(objectives)), strict=True):
+            leaves = (R1.detach().requires_grad_(), R2_layer.detach().requires_grad_())
+            with torch.enable_grad():
+                loss = objective(*leaves)
+            gradients = torch.autograd.grad(loss, leaves)
+            total += loss.detach()
+            G1 += gradients[0]
+            G2.append(gradients[1])
+        return total, G1, torch.cat(G2)
+
+    return evaluate
+
+
+def _weigh(W: Tensor, energy: Tensor | None) -> Tensor:
+    S = W.square()
+    return S if energy is None else S * energy
+
+
+def _norm(W: Tensor, H: Tensor | None, salience: str) -> Tensor:
+    """tr(W H W^T), or tr(W W^T) where the importance does not look at the inputs. Both are the same in every basis."""
+    return W.square().sum() if H is None or salience == "magnitude" else (W * (W @ H)).sum()

@@ -1,0 +1,64 @@
+"""The results of a run as typed data; `report.json` is `RunReport` written as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Metrics = dict[str, float]
+"""Perplexities by data set, accuracies in percent by task, and "zero_shot_mean"."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LinearResult:
+    """sparsity: part of exact zeros; relative_error: tr((W-W')H(W-W')^T) / tr(W H W^T) in the rotated basis."""
+
+    sparsity: float
+    relative_error: float
+
+
+@dataclass(kw_only=True, slots=True)
+class LayerResult:
+    """What happened to one decoder layer.
+
+    orthogonality: max |R^T R - I| over the layer's rotations as trained, before the last polish in float64.
+    objective_history: the objective at every step, `objective_before` first. Empty without rotation.
+    damping: the damping used for each Hessian, as a part of its mean diagonal, where it had to be raised.
+    """
+
+    index: int
+    objective_before: float
+    objective_after: float
+    orthogonality: float
+    linears: dict[str, LinearResult]
+    seconds: dict[str, float]
+    objective_history: list[float] = field(default_factory=list)
+    damping: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunReport:
+    """Everything that report.json holds. metrics: {"dense": Metrics, "pruned": Metrics}."""
+
+    model: str
+    pruner: str
+    sparsity: str
+    rotation: str
+    objective: str
+    optimizer: str
+    seed: int
+    metrics: dict[str, Metrics]
+    sparsity_realised: float
+    layers: list[LayerResult]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    versions: dict[str, str]
+    provenance: dict[str, object]
+
+
+def first_value(perplexities: Sequence[str], metrics: Metrics) -> float:
+    """What a sweep would minimise: the first perplexity, or minus the zero-shot mean; nan if nothing is measured."""
+    return metrics[perplexities[0]] if perplexities else -metrics.get("zero_shot_mean", math.nan)

@@ -1,0 +1,129 @@
+"""Rotations of a decoder layer: what they are, how they are merged, what stands between two layers.
+
+d = hidden_size, h = head_dim, k = num_key_value_heads. Hidden states are rows: rotated hidden states are x R1, so a
+linear that reads them becomes W R1 and one that writes them R1^T W (DenoiseRotator, arXiv 2505.23049, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drotator.architecture import LayerSizes, LayerSpec, linear
+
+POLISH_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """R1: (d, d), of the residual stream. R2: (k, h, h), one for each key/value head. Orthogonal, float32 or 64."""
+
+    R1: Tensor
+    R2: Tensor
+
+    @classmethod
+    def identity(cls, sizes: LayerSizes, device: torch.device | str = "cpu") -> Rotation:
+        R1 = torch.eye(sizes.hidden_size, device=device)
+        R2 = torch.eye(sizes.head_dim, device=device).repeat(sizes.num_key_value_heads, 1, 1)
+        return cls(R1, R2)
+
+    @classmethod
+    def random(cls, sizes: LayerSizes, generator: torch.Generator) -> Rotation:
+        """Draw Haar-distributed rotations, float64 on the CPU."""
+        k, h, d = sizes.num_key_value_heads, sizes.head_dim, sizes.hidden_size
+        gaussian = (torch.randn(n, n, generator=generator, dtype=torch.float64) for n in (d, *[h] * k))
+        R1, *heads = (torch.linalg.qr(matrix).Q for matrix in gaussian)
+        return cls(R1, torch.stack(heads))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rotation:
+        return Rotation(self.R1.to(device=device, dtype=dtype), self.R2.to(device=device, dtype=dtype))
+
+    def orthogonality(self) -> float:
+        """Largest entry of |R^T R - I| over R1 and R2, computed in float64."""
+        return max(float((R.double().mT @ R.double() - eye_like(R).double()).abs().max()) for R in (self.R1, self.R2))
+
+    def polished(self) -> Rotation:
+        """Return the nearest orthogonal matrices in float64."""
+        return Rotation(polar(self.R1.double(), POLISH_STEPS), polar(self.R2.double(), POLISH_STEPS))
+
+
+def eye_like(R: Tensor) -> Tensor:
+    return torch.eye(R.shape[-1], device=R.device, dtype=R.dtype)
+
+
+def polar(R: Tensor, steps: int) -> Tensor:
+    """Pull (..., n, n) to its orthogonal polar factor by cubic Newton-Schulz steps; singular values below sqrt(3)."""
+    for _ in range(steps):
+        R = 1.5 * R - 0.5 * R @ (R.mT @ R)
+    return R
+
+
+@torch.no_grad()
+def fold_norms(layer: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """Move the gains of the layer's norms into the linears that follow; the gains become 1.
+
+    Returns: the weights of all pruned linears by name, before they are rounded to the layer's dtype: float64 for a
+        float64 layer, float32 otherwise, which is exact for bfloat16 and float16 weights.
+    """
+    weights = {}
+    for name in spec.linears:
+        weight = linear(layer, name).weight
+        weights[name] = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for norm_name, linear_names in spec.norms.items():
+        gain = layer.get_submodule(norm_name).get_parameter("weight")
+        for name in linear_names:
+            weight = linear(layer, name).weight
+            folded = weight.double() * gain.double()
+            weights[name].copy_(folded)
+            weight.copy_(folded)
+        gain.fill_(1.0)
+    return weights
+
+
+@torch.no_grad()
+def merge_rotation(
+    layer: nn.Module, spec: LayerSpec, sizes: LayerSizes, rotation: Rotation, weights: Mapping[str, Tensor]
+) -> None:
+    """Merge R1 and R2 in the weights and biases of a layer whose norms are folded.
+
+    The layer then maps x R1 to y R1 where it mapped x to y. Products are float64, rounded once to the layer's dtype.
+
+    Args:
+        weights: what `fold_norms` returned.
+    """
+    R1, R2 = rotation.R1.double(), rotation.R2.double()
+    for name in (spec.query, spec.key, spec.value, spec.gate, spec.up):
+        weight = weights[name].double() @ R1
+        linear(layer, name).weight.copy_(rotate_value_rows(weight, R2) if name == spec.value else weight)
+    for name in (spec.output, spec.down):
+        writer = linear(layer, name)
+        weight = R1.mT @ weights[name].double()
+        if name == spec.output:
+            weight = rotate_output_columns(weight, R2, sizes.queries_per_group)
+        writer.weight.copy_(weight)
+        if writer.bias is not None:
+            writer.bias.copy_(writer.bias.double() @ R1)
+    value = linear(layer, spec.value)
+    if value.bias is not None:
+        value.bias.copy_(rotate_value_rows(value.bias.double()[:, None], R2)[:, 0])
+
+
+def rotate_value_rows(W: Tensor, R2: Tensor) -> Tensor:
+    """Rows of key/value head g by R2_g^T: (k h, n) -> (k h, n)."""
+    k, h, _ = R2.shape
+    return torch.einsum("ghi,ghn->gin", R2, W.reshape(k, h, -1)).reshape(W.shape)
+
+
+def rotate_output_columns(W: Tensor, R2: Tensor, queries_per_group: int) -> Tensor:
+    """Columns of every query head by the R2 of its group: (n, k q h) -> (n, k q h), q = queries_per_group."""
+    k, h, _ = R2.shape
+    heads = W.reshape(len(W), k, queries_per_group, h)
+    return torch.einsum("ngqh,ghi->ngqi", heads, R2).reshape(W.shape)
+
+
+def boundary_weight(R1_before: Tensor, R1_after: Tensor) -> Tensor:
+    """Weight of the linear between two layers, (d, d) float64: rows x become x R1_before^T R1_after."""
+    return R1_after.double().mT @ R1_before.double()

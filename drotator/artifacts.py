@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -142,11 +143,11 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if git.returncode == 0:
-        found["commit"] = git.stdout.strip()
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            found["commit"] = git.stdout.strip()
     return found
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -32,7 +33,10 @@ from drotator.config import PruneConfig, SparsityConfig
 from drotator.usage import config_folder, group_options, groups_of
 from drotator.verbs import VERBS
 
-VERSION_BASE = "1.3"
+# Hydra 1.3 warns when version_base is not given, Hydra 1.4 when it is; 1.4 wants to know what a logging YAML may call.
+IS_HYDRA_1_3 = hydra.__version__.startswith("1.3.")
+BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if IS_HYDRA_1_3 else {}
+MAY_CALL: dict[str, Any] = {} if IS_HYDRA_1_3 else {"execution_whitelist": ["drotator.console.console_handler"]}
 HINTS = {
     "sparsity": "Any other: sparsity.ratio=0.55, or sparsity.keep=2 sparsity.group=8.",
     "model": "Any other: model=local model.path=FOLDER, FILE.gguf or a hub id.",
@@ -93,7 +97,7 @@ def plan(verb: str, words: list[str]) -> Plan:
         return Plan(words)
     only_shows = arguments.cfg is not None or arguments.info is not None
     extra = _searchpath(arguments)
-    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_folder())):
+    with initialize_config_dir(config_dir=str(config_folder()), **BEHAVIOUR):
         overrides = _read_overrides(verb, arguments.overrides)
         words = _rewritten(words, arguments.overrides, overrides)
         if only_shows:
@@ -111,6 +115,9 @@ def plan(verb: str, words: list[str]) -> Plan:
         folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
         if isinstance(settings, PruneConfig) and settings.resume:
             folder = _folder_to_resume(settings.resume, is_sweep)
+    if is_sweep:  # a failed job is told with what sets it apart
+        same = ",".join(override.key_or_group for override in overrides if not override.is_sweep_override())
+        words = [*words, f"hydra.job.config.override_dirname.exclude_keys=[{same}]"]
     key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
     return Plan([*words, *like_run, f"{key}={_quoted(str(folder))}"], folder, is_sweep)
 
@@ -122,7 +129,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         raise ValueError(f"{message}. Hydra's flags are listed by --hydra-help.")
 
     parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 def _searchpath(arguments: argparse.Namespace) -> list[str]:
@@ -164,19 +171,26 @@ def _read_overrides(verb: str, words: list[str]) -> list[Override]:
 
 def _with_option_names(override: Override) -> Override:
     """Quote options that read as numbers: Hydra takes sparsity=50 for an integer and refuses it as an option."""
-    if override.is_sweep_override() and override.is_discrete_sweep():
-        values = [value if value[:1] in "'\"" else _quoted(value) for value in override.sweep_string_iterator()]
-        word = f"{override.get_key_element()}={','.join(values)}"
-    elif isinstance(override.value(), str | list | dict) or override.is_delete():
+    if override.is_sweep_override():
+        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    elif isinstance(override.value(), list | dict) or override.is_delete():
         return override
     else:
-        word = f"{override.get_key_element()}={_quoted(str(override.input_line).partition('=')[2])}"
-    return OverridesParser.create().parse_overrides([word])[0]
+        values = [str(override.input_line).partition("=")[2]]
+    parser = OverridesParser.create()
+    quoted = [value if isinstance(_parsed(parser, value), str) else _quoted(value) for value in values]
+    if quoted == values:
+        return override
+    return parser.parse_override(f"{override.get_key_element()}={','.join(quoted)}")
+
+
+def _parsed(parser: OverridesParser, value: str) -> Any:
+    return parser.parse_override(f"key={value}").value()
 
 
 def _rewritten(words: list[str], before: list[str], after: list[Override]) -> list[str]:
-    changes = dict(zip(before, (str(override.input_line) for override in after), strict=True))
-    return [changes.get(word, word) for word in words]
+    """Put the flags first: Hydra 1.3 does not read settings on both sides of them."""
+    return [word for word in words if word not in before] + [str(override.input_line) for override in after]
 
 
 def _not_an_override(verb: str, word: str) -> str:

@@ -1,8 +1,8 @@
 """Typed settings of every command: what may be set, its type, its default and what is allowed.
 
-YAML under configs/ composes these schemas; `from_hydra` turns the composed config into plain dataclasses, once, at the
-door. Below that door no code sees omegaconf. A wrong value is a ValueError that names the field, the value and what is
-allowed.
+YAML under configs/ composes these schemas; composition.py turns the composed config into plain dataclasses, once, at
+the door. Below that door no code sees omegaconf. A wrong value is a ValueError that names the field, the value and what
+is allowed.
 """
 
 from __future__ import annotations

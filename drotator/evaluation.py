@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from drotator.quiet import silent_libraries
 from drotator.results import Metrics
 from drotator.texts import C4, C4_FILES, PASSAGES, WIKITEXT, adds_bos, c4_documents, encode, passages, wikitext2
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TEXTS = {
     "wikitext2": f"{WIKITEXT} wikitext-2-raw-v1 test",
@@ -56,10 +57,10 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
     metrics: Metrics = {}
     for name, windows in perplexity_windows(settings, tokenizer).items():
         metrics[name] = perplexity(model, windows, settings.batch_size, f"perplexity on {name}")
-        logger.info("perplexity on %s: %.3f (%d windows of %d tokens)", name, metrics[name], *windows.shape)
+        log.info("perplexity on %s: %.3f (%d windows of %d tokens)", name, metrics[name], *windows.shape)
     if settings.tasks:
         metrics |= zero_shot(model, tokenizer, settings, seed)
-        logger.info("zero-shot accuracy: %.2f%% (mean of %d tasks)", metrics["zero_shot_mean"], len(settings.tasks))
+        log.info("zero-shot accuracy: %.2f%% (mean of %d tasks)", metrics["zero_shot_mean"], len(settings.tasks))
     return metrics
 
 
@@ -77,6 +78,7 @@ def provenance(settings: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> dict
         "seqlen": settings.seqlen,
         "windows": {name: len(tokens) for name, tokens in windows.items()},
         "evaluation_text": {name: TEXTS[name] for name in windows},
+        "evaluation_tokens": {name: _digest(tokens) for name, tokens in windows.items()},
         "batch_size": settings.batch_size,
         "bos": adds_bos(tokenizer),
         "tasks": list(settings.tasks),
@@ -104,8 +106,6 @@ def perplexity_tokens(name: str, settings: EvalConfig, tokenizer: PreTrainedToke
             f"{name} has {len(tokens)} tokens, fewer than eval.seqlen={settings.seqlen}. Lower eval.seqlen."
         )
     if name == "c4":
-        if windows < C4_WINDOWS:
-            logger.info("c4: %d windows instead of %d, the documents have no more", windows, C4_WINDOWS)
         windows = min(windows, C4_WINDOWS)
     windows = min(windows, settings.windows or windows)
     return tokens[: windows * settings.seqlen].view(windows, settings.seqlen)
@@ -121,6 +121,10 @@ def _tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     else:
         text = "\n\n".join(passages("evaluation"))
     return torch.tensor(encode(text, tokenizer), dtype=torch.int64)
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -191,7 +195,7 @@ def zero_shot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     return metrics
 
 
-class _Reader(HFLM):  # type: ignore[misc]
+class _Reader(HFLM):
     """lm-eval's wrapper, with our progress line for its requests."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:

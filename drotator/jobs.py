@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from drotator.composition import VERSION_BASE, Plan, from_hydra
+from drotator.composition import BEHAVIOUR, MAY_CALL, Plan, from_hydra
 from drotator.config import PruneConfig
 from drotator.console import quiet_libraries
 from drotator.usage import config_folder
@@ -79,8 +79,8 @@ def run_job(cfg: DictConfig) -> float:
         log.error("%s", failure.line, exc_info=True, extra={"file_only": True})
         if is_sweep:
             log.error("job %s failed: %s", hydra_config.job.num, failure.line)
-            settings_of_job = str(hydra_config.job.override_dirname).replace("'", "")
-            failure = Failure(f"job {hydra_config.job.num} ({settings_of_job}): {failure.line}", 1)
+            swept = str(hydra_config.job.override_dirname).replace("'", "")
+            failure = Failure(f"job {hydra_config.job.num}{f' ({swept})' if swept else ''}: {failure.line}", 1)
         elif failure.exit_code == 1:
             failure = Failure(f"{failure.line} (traceback: {run_dir / 'log.txt'})", 1)
         _keep(failure, run_dir if is_sweep else None)
@@ -107,8 +107,9 @@ def launch(verb: str, plan: Plan) -> list[Failure]:
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["drotator", *plan.words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it meets and exits by itself
+    start = hydra.main(config_path=str(config_folder()), config_name=verb, **BEHAVIOUR, **MAY_CALL)
     try:
-        hydra.main(version_base=VERSION_BASE, config_path=str(config_folder()), config_name=verb)(run_job)()
+        start(run_job)()
     finally:
         sys.argv = before[0]
         os.environ.pop("HYDRA_FULL_ERROR")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 LIBRARIES = ("datasets", "transformers", "lm_eval", "huggingface_hub", "httpx", "httpx2", "fsspec", "filelock")
 

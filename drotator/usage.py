@@ -34,10 +34,10 @@ def config_folder() -> Path:
 
 @cache
 def groups_of(verb: str) -> dict[str, str]:
-    """Return the groups of a command in the order of its YAML, with the default option of each."""
+    """Return the groups of a command in the order of its YAML, the model first, with the default option of each."""
     entries = yaml.safe_load((config_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
-    return {group: option for group, option in pairs if " " not in group}
+    return dict(sorted(((group, option) for group, option in pairs if " " not in group), key=lambda p: p[0] != "model"))
 
 
 @cache
@@ -67,11 +67,6 @@ def _row(name: str, text: str, indent: int = 2, column: int = 20) -> str:
     return textwrap.fill(text, _width(), initial_indent=head, subsequent_indent=" " * (indent + column))
 
 
-def _default(option: str) -> str:
-    """Write a default option; one that goes with the model is a resolver in the YAML."""
-    return "goes with the model" if option.startswith("${") else option
-
-
 def general_help() -> str:
     """Return the text of `drotator --help`."""
     lines = ["Learn rotations, merge them in a language model and prune it.", ""]
@@ -83,7 +78,7 @@ def general_help() -> str:
         "Groups (the default in brackets; COMMAND --help says more):",
     ]
     for group, option in groups_of("prune").items():
-        lines.append(_row(group, f"{', '.join(group_options(group))} [{_default(option)}]", column=13))
+        lines.append(_row(group, f"{', '.join(group_options(group))} [{option}]", column=13))
     lines.append(_row("+experiment", ", ".join(group_options("experiment")), column=13))
     lines += ["", "Examples:", *(f"  {line}" for line in VERBS["prune"].examples)]
     lines += ["  drotator report outputs", "", "drotator COMMAND --help    drotator --version", ""]
@@ -96,7 +91,7 @@ def verb_help(name: str) -> str:
     lines = [textwrap.fill(f"drotator {name}: {verb.summary}", _width()), ""]
     lines += [f"Usage: drotator {name} [group=option] [setting=value] [flags]", ""]
     for group, default in groups_of(name).items():
-        lines.append(f"{group} [{_default(default)}]")
+        lines.append(f"{group} [{default}]")
         lines += [_row(option, text) for option, text in group_options(group).items()]
     if name == "prune":
         lines.append("+experiment (added to the settings: +experiment=paper)")

@@ -63,7 +63,7 @@ FAKES = """
     module("pipeline", run_prune=run_prune)
     module("commands", run_eval=run_eval)
     module("fetch", fetch_all=fetch_all)
-    module("report", report_command=report_command)
+    module("comparison", report_command=report_command)
     module("check", run_check=run_check)
 """
 
@@ -116,7 +116,6 @@ def test_help_lists_commands_groups_and_options(drotator: Drotator, words: list[
         "llama3-8b",
         "2of4",
         "riemannian_adam",
-        "[goes with the model]",
         "+experiment",
     ]:
         assert word in shown.stdout
@@ -224,6 +223,12 @@ def test_an_option_that_reads_as_a_number_is_an_option(drotator: Drotator, tmp_p
     assert "ratio: 0.7" in drotator("prune", "sparsity=70", "--cfg", "job").stdout
 
 
+def test_flags_may_stand_between_settings(drotator: Drotator, tmp_path: Path) -> None:
+    result = drotator("prune", "pruner=wanda,magnitude", "-m", "seed=0", "sparsity=50")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(run_folders(tmp_path)) == 2
+
+
 def test_hydra_flags_pass_through(drotator: Drotator, tmp_path: Path) -> None:
     assert "experiment/paper" in drotator("prune", "+experiment=paper", "--info", "defaults").stdout
     assert "dampin" in one_line(drotator("prune", "pruner.dampin=1", "--cfg", "job"), 2)
@@ -285,8 +290,8 @@ def test_the_other_jobs_of_a_sweep_run_on_and_each_failure_is_one_line(drotator:
     result = drotator("prune", "-m", "seed=0,1,2,6", "pruner=wanda")
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        "drotator: job 1 (pruner=wanda,seed=1): seed=1 is odd. Take another.",
-        "drotator: job 2 (pruner=wanda,seed=2): layer 3 is not finite",
+        "drotator: job 1 (seed=1): seed=1 is odd. Take another.",
+        "drotator: job 2 (seed=2): layer 3 is not finite",
     ]
     folders = run_folders(tmp_path)
     assert [folder.name for folder in folders] == ["0", "1", "2", "3"]

@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from drotator import config
-from drotator.composition import VERSION_BASE, from_hydra, plan
+from drotator.composition import BEHAVIOUR, from_hydra, plan
 from drotator.usage import config_folder, group_options, groups_of
 from drotator.verbs import VERBS
 
@@ -26,8 +26,8 @@ OPTIONS = {
     "rotation": "per_layer shared none",
     "objective": "entropy pruning_error",
     "optimizer": "adam_qr riemannian_adam spectral",
-    "calibration": "c4 wikitext2 local embedded",
-    "eval": "full perplexity zeroshot quick none embedded",
+    "calibration": "auto c4 wikitext2 local embedded",
+    "eval": "auto full perplexity zeroshot quick none embedded",
     "cluster": "local slurm",
 }
 NEEDED = {"model=local": ["model.path=folder"], "calibration=local": ["calibration.path=text.txt"]}
@@ -35,7 +35,7 @@ NEEDED = {"model=local": ["model.path=folder"], "calibration=local": ["calibrati
 
 def settings_of(verb: str, *words: str) -> Any:
     """Compose as the command line does and return the dataclass."""
-    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_folder())):
+    with initialize_config_dir(config_dir=str(config_folder()), **BEHAVIOUR):
         return from_hydra(compose(verb, overrides=list(words)), VERBS[verb].settings)
 
 

@@ -90,7 +90,7 @@ def _download(package: Package, folder: Path) -> Path:
         advice = f"{sys.executable} has no pip; install it with `{sys.executable} -m ensurepip`."
     else:
         lines = finished.stderr.strip().splitlines() or [f"pip ended with code {finished.returncode}"]
-        advice = f"{lines[-1][:200]} Check the network and pip's index."
+        advice = f"{lines[-1].removeprefix('ERROR: ')[:200].rstrip('.')}. Check the network and pip's index."
     raise ValueError(
         f"cannot download {wanted}, which holds the embedded model or data: {advice} "
         "Without it, set model.path, calibration=c4 or local, and eval=full."

@@ -1,35 +1,39 @@
 #!/usr/bin/env bash
 # The README's table: SmolLM2-135M-Instruct, C4 calibration 128 x 2048, WikiText-2 and C4 perplexity, five zero-shot tasks.
-# Expected: the values in README.md within 3%. Cost: about 20 GPU minutes on one H200 with JOBS=1.
-# Usage: scripts/smollm2_table.sh FOLDER [further overrides for every run]   (JOBS=4 runs four at a time)
+# Expected: the values in README.md within 3%. Cost: about 20 minutes on one H200 with JOBS=8.
+# Usage: [JOBS=8] scripts/smollm2_table.sh FOLDER [overrides for every run]
 set -euo pipefail
-folder=$1
+export folder=$1
 shift
-export DROTATOR=${DROTATOR:-drotator}
+export DROTATOR=${DROTATOR:-drotator} common="$*"
 
+# name of the run's folder, then its overrides; the first run measures the dense model for all others
 runs() {
-    local pruner sparsity
-    for pruner in magnitude wanda sparsegpt; do
-        for sparsity in 50 2of4; do
-            echo "$pruner-$sparsity-none pruner=$pruner sparsity=$sparsity rotation=none"
-            echo "$pruner-$sparsity-per_layer pruner=$pruner sparsity=$sparsity rotation=per_layer"
-        done
+    echo "sparsegpt-2of4-none eval=full pruner=sparsegpt sparsity=2of4 rotation=none"
+    echo "sparsegpt-2of4-per_layer eval=full pruner=sparsegpt sparsity=2of4"
+    echo "sparsegpt-2of4-paper eval=perplexity pruner=sparsegpt sparsity=2of4 objective=entropy optimizer=adam_qr optimizer.steps=400"
+    echo "sparsegpt-2of4-entropy eval=perplexity pruner=sparsegpt sparsity=2of4 objective=entropy optimizer=riemannian_adam"
+    echo "sparsegpt-50-entropy eval=perplexity pruner=sparsegpt sparsity=50 objective=entropy optimizer=riemannian_adam"
+    echo "wanda-2of4-entropy eval=perplexity pruner=wanda sparsity=2of4 objective=entropy optimizer=riemannian_adam"
+    echo "wanda-2of4-none eval=full pruner=wanda sparsity=2of4 rotation=none"
+    echo "wanda-2of4-per_layer eval=full pruner=wanda sparsity=2of4"
+    for pruner in sparsegpt wanda magnitude; do
+        echo "$pruner-50-none eval=full pruner=$pruner sparsity=50 rotation=none"
+        echo "$pruner-50-per_layer eval=full pruner=$pruner sparsity=50"
     done
-    for sparsity in 50 2of4; do
-        echo "sparsegpt-$sparsity-entropy pruner=sparsegpt sparsity=$sparsity objective=entropy optimizer=riemannian_adam"
-    done
-    echo "wanda-2of4-entropy pruner=wanda sparsity=2of4 objective=entropy optimizer=riemannian_adam"
-    echo "sparsegpt-2of4-paper pruner=sparsegpt sparsity=2of4 objective=entropy optimizer=adam_qr optimizer.steps=400"
+    echo "magnitude-2of4-none eval=full pruner=magnitude sparsity=2of4 rotation=none"
+    echo "magnitude-2of4-per_layer eval=full pruner=magnitude sparsity=2of4"
 }
 
 run() {
     local name=$1
     shift
-    $DROTATOR prune model=smollm2-135m calibration=c4 eval=full baseline=never "hydra.run.dir=$folder/$name" "$@"
+    # shellcheck disable=SC2086  # several words
+    $DROTATOR prune model=smollm2-135m calibration=c4 baseline=never "hydra.run.dir=$folder/$name" "$@" $common
 }
 export -f run
-export folder
 
-# The first run measures the dense model, which all others then read from the cache.
-runs | head -n 1 | while read -r line; do run $line "$@" < /dev/null; done
-runs | tail -n +2 | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE $*"
+first=$(runs | head -n 1)
+# shellcheck disable=SC2086
+run $first
+runs | tail -n +2 | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE"

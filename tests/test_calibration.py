@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_be_written_is_reported_with_what_to_do(tmp_path, mo
     monkeypatch.setenv("DROTATOR_CACHE", str(tmp_path / "file"))
     text = tmp_path / "text.txt"
     text.write_text(words(0))
-    with pytest.raises(ValueError, match="cannot write to the cache .*Set DROTATOR_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot write to the cache .*Set DROTATOR_CACHE"):
         calibration.calibration_windows(settings(path=str(text)), byte_tokenizer())
 
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import datasets
+import lm_eval.tasks
 import pytest
 import torch
 from tiny_text import byte_tokenizer, embedded_data_in_cache, tiny_llama, words
@@ -173,14 +175,16 @@ def test_a_task_that_is_not_there_is_refused_before_the_work_with_what_there_is(
         evaluation.prepare(settings(source=source, perplexity=[], tasks=[task]), byte_tokenizer())
 
 
+def test_the_five_tasks_are_where_we_look_for_them_in_the_installed_lm_eval():
+    folder = Path(lm_eval.tasks.__file__).parent
+    for name, file in evaluation.TASK_FILES.items():
+        content = (folder / file).read_text(encoding="utf-8")
+        assert f"task: {name}\n" in content
+
+
 def test_provenance_tells_what_decides_the_numbers(data):
     described = evaluation.provenance(settings(tasks=["piqa"], limit=2, windows=4), byte_tokenizer(bos=True))
-    assert (described["seqlen"], described["batch_size"], described["bos"], described["tasks_limit"]) == (
-        32,
-        2,
-        True,
-        2,
-    )
+    assert [described[name] for name in ("seqlen", "batch_size", "bos", "tasks_limit")] == [32, 2, True, 2]
     assert described["windows"] == {"passages": 4}
     other = evaluation.provenance(settings(windows=3), byte_tokenizer(bos=True))
     assert described["evaluation_tokens"] != other["evaluation_tokens"]

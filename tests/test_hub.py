@@ -24,6 +24,7 @@ CLIENT = """
 import json, logging, os
 from drotator import calibration, evaluation, fetch
 from drotator.config import CalibrationConfig, EvalConfig, FetchConfig, ModelConfig
+from drotator.quiet import silent_libraries
 from transformers import AutoModelForCausalLM
 
 logging.basicConfig(level=logging.ERROR)
@@ -43,7 +44,8 @@ model = ModelConfig(path="tests/tiny")
 
 def measure():
     folder = fetch.resolve_model(model.path)
-    network = AutoModelForCausalLM.from_pretrained(folder)
+    with silent_libraries():
+        network = AutoModelForCausalLM.from_pretrained(folder)
     return evaluation.evaluate(network, fetch.load_tokenizer(folder), tasks, seed=0)
 
 look("fetch", lambda: fetch.fetch_all(FetchConfig(model=model, calibration=c4, eval=tasks)))

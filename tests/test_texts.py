@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 from tiny_text import byte_tokenizer, embedded_data_in_cache, words
 

@@ -1,4 +1,4 @@
-"""Small stand-ins for a tokenizer, a model and the embedded data, for the tests of fetch, calibration and evaluation."""
+"""Small stand-ins for a tokenizer, a model and the embedded data."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -28,14 +29,16 @@ def dense_metrics(
     """Evaluate the dense model, or read what an earlier run measured with the same files, settings and versions."""
     evaluation.prepare(settings, tokenizer)
     cached = cache_dir() / "dense" / f"{_key(source, tokenizer, settings, seed, device)}.json"
-    if cached.exists():
-        logger.info("dense metrics: measured before (%s)", cached)
-        metrics: Metrics = json.loads(cached.read_text())
-        return metrics
-    model = load_checkpoint(source.folder, dtype=str(source.dtype).removeprefix("torch."), device=device)
-    metrics = evaluation.evaluate(model, tokenizer, settings, seed=seed)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    write_text(cached, json.dumps(metrics))
+    with cached.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the jobs of a sweep that start together, one measures and the others wait
+        if cached.exists():
+            logger.info("dense metrics: measured before (%s)", cached)
+            known: Metrics = json.loads(cached.read_text())
+            return known
+        model = load_checkpoint(source.folder, dtype=str(source.dtype).removeprefix("torch."), device=device)
+        metrics = evaluation.evaluate(model, tokenizer, settings, seed=seed)
+        write_text(cached, json.dumps(metrics))
     return metrics
 
 

@@ -57,13 +57,25 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
     Raises: ValueError if data is missing, RuntimeError if the model's outputs are not finite.
     """
     metrics: Metrics = {}
-    for name, windows in perplexity_windows(settings, tokenizer).items():
-        metrics[name] = perplexity(model, windows, settings.batch_size, f"perplexity on {name}")
-        log.info("perplexity on %s: %.3f (%d windows of %d tokens)", name, metrics[name], *windows.shape)
-    if settings.tasks:
-        metrics |= zero_shot(model, tokenizer, settings, seed)
-        log.info("zero-shot accuracy: %.2f%% (mean of %d tasks)", metrics["zero_shot_mean"], len(settings.tasks))
+    with tensor_core_products():
+        for name, windows in perplexity_windows(settings, tokenizer).items():
+            metrics[name] = perplexity(model, windows, settings.batch_size, f"perplexity on {name}")
+            log.info("perplexity on %s: %.3f (%d windows of %d tokens)", name, metrics[name], *windows.shape)
+        if settings.tasks:
+            metrics |= zero_shot(model, tokenizer, settings, seed)
+            log.info("zero-shot accuracy: %.2f%% (mean of %d tasks)", metrics["zero_shot_mean"], len(settings.tasks))
     return metrics
+
+
+@contextmanager
+def tensor_core_products() -> Iterator[None]:
+    """Let float32 models use TF32 products while they are evaluated on a GPU; bfloat16 models round more than that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def prepare(settings: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,7 @@ export folder=$1
 shift
 export DROTATOR=${DROTATOR:-drotator} common="$*"
 
-# name of the run's folder, then its overrides; the first run measures the dense model for all others
+# name of the run's folder, then its overrides
 runs() {
     echo "sparsegpt-2of4-none eval=full pruner=sparsegpt sparsity=2of4 rotation=none"
     echo "sparsegpt-2of4-per_layer eval=full pruner=sparsegpt sparsity=2of4"
@@ -33,7 +33,4 @@ run() {
 }
 export -f run
 
-first=$(runs | head -n 1)
-# shellcheck disable=SC2086
-run $first
-runs | tail -n +2 | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE"
+runs | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE"

@@ -95,11 +95,17 @@ def column_energy(H: Tensor, R: Tensor | None, salience: str, damping: float) ->
         return H.diagonal() if R is None else (R * (H @ R)).sum(0)
     H = damped(H, damping)
     if salience == "obs":
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+        inverse = torch.cholesky_inverse(_cholesky(H))
         return 1 / (inverse.diagonal() if R is None else (R * (inverse @ R)).sum(0))
     # H = V V^T with V upper triangular gives U = V^-1, so 1 / U_jj = V_jj: no inverse is formed.
     rotated = H if R is None else R.mT @ H @ R
-    return torch.linalg.cholesky(rotated.flip(0, 1)).diagonal().flip(0).square()
+    return _cholesky(rotated.flip(0, 1)).diagonal().flip(0).square()
+
+
+def _cholesky(H: Tensor) -> Tensor:
+    """Lower Cholesky factor, all nan if H is not positive definite: asking for an error would wait for the device."""
+    factor, info = torch.linalg.cholesky_ex(H)
+    return torch.where(info == 0, factor, torch.nan)
 
 
 class _Entropy(torch.autograd.Function):

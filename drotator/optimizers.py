@@ -14,7 +14,8 @@ from torch import Tensor
 
 from drotator.rotation import polar
 
-RETRACTION_STEPS = 3
+RETRACTION_STEPS = 2
+MAX_STEP = 0.7
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
 
@@ -64,6 +65,8 @@ class RiemannianAdam:
 
     Omega = (R^T G - G^T R) / 2; the second moment is symmetric, so the step U stays skew; R <- polar(R - R U).
     All n (n - 1) / 2 planes are treated alike, where Adam on a QR factor favours the first columns.
+    Adam's first steps are signs, whose spectral norm can be far above that of noise: a step is cut to MAX_STEP, inside
+    the basin of the retraction.
     """
 
     def __init__(self, R: Tensor, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
@@ -79,14 +82,13 @@ class RiemannianAdam:
 
     def update(self, G: Tensor, progress: float) -> None:
         self.step += 1
-        R = self.R
-        omega = skew(R.mT @ G)
+        omega = skew(self.R.mT @ G)
         beta1, beta2 = self.betas
         self.first.lerp_(omega, 1 - beta1)
         self.second.lerp_(omega.square(), 1 - beta2)
-        corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(R.dtype).tiny)
+        corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(G.dtype).tiny)
         U = self.first / corrected * (cosine(self.learning_rate, progress) / (1 - beta1**self.step))
-        self.R = polar(R - R @ U, RETRACTION_STEPS)
+        self.R = retract(self.R, U)
 
 
 class Spectral:
@@ -112,7 +114,7 @@ class Spectral:
         self.average.lerp_(omega / size, 1 - self.momentum)
         U = skew(matrix_sign(self.average))
         angle = cosine(self.learning_rate, progress)
-        self.R = polar(math.cos(angle) * R - math.sin(angle) * (R @ U), RETRACTION_STEPS)
+        self.R = polar(math.cos(angle) * R - math.sin(angle) * (R @ U), 3)
 
 
 OPTIMIZERS: dict[str, Callable[[Tensor, float], RotationOptimizer]] = {
@@ -120,6 +122,20 @@ OPTIMIZERS: dict[str, Callable[[Tensor, float], RotationOptimizer]] = {
     "riemannian_adam": RiemannianAdam,
     "spectral": Spectral,
 }
+
+
+def retract(R: Tensor, U: Tensor) -> Tensor:
+    """Return the orthogonal polar factor of R - R U for a skew U, (..., n, n), cut to a spectral norm of MAX_STEP.
+
+    |U|_2 <= sqrt(largest absolute row sum of U^2). (R - R U)^T (R - R U) = I - U^2, so the first Newton-Schulz step is
+    known without forming that product.
+    """
+    square = U @ U
+    bound = square.abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
+    scale = (MAX_STEP / bound.clamp_min(MAX_STEP)).to(U.dtype)
+    U, square = U * scale, square * scale.square()
+    turned = R - R @ U
+    return polar(turned + 0.5 * turned @ square, RETRACTION_STEPS)
 
 
 def skew(A: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from drotator import calibration, evaluation
 from drotator.architecture import LAYERS, ModelSource, linear
 from drotator.artifacts import RunFolder, versions
-from drotator.checkpoint import load_checkpoint
+from drotator.checkpoint import load_checkpoint, update_metadata
 from drotator.config import PruneConfig, describe
 from drotator.console import progress
 from drotator.dense import dense_metrics
@@ -138,6 +138,7 @@ def run_once(settings: PruneConfig, job: Job, run: RunFolder, plain: RunReport |
         model = load_checkpoint(run.checkpoint, device=job.device)
         pruned = evaluation.evaluate(model, job.tokenizer, settings.eval, seed=settings.seed)
         del model
+        update_metadata(run.checkpoint, {"metrics": {"dense": job.dense, "pruned": pruned}})
     seconds = dict.fromkeys(STAGES, 0.0)
     for part in (job.seconds, watch.seconds, *(result.seconds for result in results)):
         for stage, value in part.items():

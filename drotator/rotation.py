@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from drotator.architecture import LayerSizes, LayerSpec, linear
 
 POLISH_STEPS = 8
+POLISHED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class Rotation:
         return max(float((R.double().mT @ R.double() - eye_like(R).double()).abs().max()) for R in (self.R1, self.R2))
 
     def polished(self) -> Rotation:
-        """Return the nearest orthogonal matrices in float64."""
-        return Rotation(polar(self.R1.double(), POLISH_STEPS), polar(self.R2.double(), POLISH_STEPS))
+        """Return the nearest orthogonal matrices in float64. Raises: RuntimeError if they are not near."""
+        polished = Rotation(polar(self.R1.double(), POLISH_STEPS), polar(self.R2.double(), POLISH_STEPS))
+        if not polished.orthogonality() < POLISHED:
+            raise RuntimeError(f"a rotation is not orthogonal: |R^T R - I| = {self.orthogonality():.2g}")
+        return polished
 
 
 def eye_like(R: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import OptimizerConfig
+from drotator.graphs import captured
 from drotator.objectives import ObjectiveWithGradients
 from drotator.optimizers import OPTIMIZERS
 from drotator.rotation import Rotation
@@ -42,6 +43,7 @@ def train_rotation(objective: ObjectiveWithGradients, start: Rotation, settings:
     best = [group.rotation() for group in groups]
     best_loss = torch.full((), torch.inf, device=start.R1.device)
     losses: list[Tensor] = []
+    objective = captured(objective, *best)
     for step in range(settings.steps + 1):
         rotations = [group.rotation() for group in groups]
         loss, *gradients = objective(*rotations)

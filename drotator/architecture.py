@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -136,7 +137,7 @@ class ModelSource:
         """
         try:
             config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             model_type = _declared_model_type(folder)
             layer_spec(model_type, folder)
             raise ValueError(f"{folder}/config.json cannot be read: {error}") from error

@@ -56,7 +56,10 @@ class RunFolder:
         return run
 
     def _compare(self, settings: dict[str, Any]) -> None:
-        old = flatten(yaml.safe_load((self.path / "config.yaml").read_text()))
+        try:
+            old = flatten(dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{self.path / 'config.yaml'} is damaged: start a new run without resume.") from error
         new = flatten(settings)
         changed = [
             f"{name}={new.get(name)} (was {old.get(name)})"
@@ -80,8 +83,7 @@ class RunFolder:
         save_tensors(self.layer_file(index), state, {"result": json.dumps(asdict(result))})
 
     def load_layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult]:
-        state, metadata = load_tensors(self.layer_file(index))
-        record = json.loads(metadata["result"])
+        state, record = load_tensors(self.layer_file(index), "result")
         linears = {name: LinearResult(**linear) for name, linear in record.pop("linears").items()}
         return state, LayerResult(linears=linears, **record)
 
@@ -96,8 +98,8 @@ class RunFolder:
 
     def load_rotation(self, index: int) -> TrainedRotation:
         """The layer's rotation as it was learned; its `polished()` is the one that was merged."""
-        tensors, metadata = load_tensors(self.rotation_file(index))
-        return TrainedRotation(Rotation(tensors["R1"], tensors["R2"]), **json.loads(metadata["training"]))
+        tensors, record = load_tensors(self.rotation_file(index), "training")
+        return TrainedRotation(Rotation(tensors["R1"], tensors["R2"]), **record)
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
@@ -112,16 +114,24 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 lets nobody but the owner read it
     os.replace(partial, path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Raises: ValueError that names the file if it is damaged."""
+def load_tensors(path: Path, record: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read all tensors, and the metadata entry `record`.
+
+    Raises: ValueError that names the file if it is missing or damaged, and what to delete.
+    """
     try:
         with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the run resumes at its layer.") from error
+            metadata = json.loads((stored.metadata() or {})[record])
+            return {name: stored.get_tensor(name) for name in stored.keys()}, metadata  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise ValueError(
+            f"{path} {problem}: delete {path.name} in layers and in rotations there, and resume makes both again."
+        ) from error
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,6 +61,7 @@ def run_check(settings: CheckConfig, run_dir: Path) -> float:
     Raises: RuntimeError if it is more than rounding explains.
     """
     device = choose_device(settings.device)
+    run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     folder = resolve_model(settings.model.path, settings.model.revision)
     tokenizer = load_tokenizer(folder)

@@ -26,6 +26,7 @@ def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
     Raises: ValueError for a checkpoint that cannot be loaded or data that are missing, before the model is loaded.
     """
     device = choose_device(settings.device)
+    run_dir.mkdir(parents=True, exist_ok=True)
     folder = resolve_model(settings.model.path, settings.model.revision)
     tokenizer = load_tokenizer(folder)
     evaluation.prepare(settings.eval, tokenizer)

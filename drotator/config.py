@@ -121,9 +121,9 @@ class OptimizerConfig:
     sqrt(576 / hidden_size)); the first angle in radians for spectral.
     """
 
-    name: str = "riemannian_adam"
+    name: str = "spectral"
     steps: int = 200
-    learning_rate: float = 0.01
+    learning_rate: float = 0.15
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, OPTIMIZERS)

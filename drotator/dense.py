@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,14 +33,21 @@ def dense_metrics(
     cached.parent.mkdir(parents=True, exist_ok=True)
     with cached.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the jobs of a sweep that start together, one measures and the others wait
-        if cached.exists():
+        if (known := _read(cached)) is not None:
             logger.info("dense metrics: measured before (%s)", cached)
-            known: Metrics = json.loads(cached.read_text())
             return known
         model = load_checkpoint(source.folder, dtype=str(source.dtype).removeprefix("torch."), device=device)
         metrics = evaluation.evaluate(model, tokenizer, settings, seed=seed)
         write_text(cached, json.dumps(metrics))
     return metrics
+
+
+def _read(cached: Path) -> Metrics | None:
+    """Metrics of an earlier run; None if there are none, or what is there is damaged and has to be measured again."""
+    try:
+        return dict(json.loads(cached.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _key(

@@ -117,6 +117,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, S: Tensor, dim: int) -> Tensor:
         Z = S.sum(dim, keepdim=True)
+        Z = Z.masked_fill(Z == 0, torch.inf)  # nothing but zeros: no entropy and no gradient
         log_p = (S / Z).clamp_min(torch.finfo(S.dtype).tiny).log_()
         E = -(S * log_p).sum(dim, keepdim=True) / Z
         ctx.save_for_backward(log_p, E, Z)
@@ -137,28 +138,51 @@ def entropy(S: Tensor, dim: int) -> Tensor:
     return value
 
 
-def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
-    """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
-    if not sparsity.is_grouped:
-        removed = round(sparsity.ratio * S.shape[1])
-        if removed == 0:
-            return S.new_zeros(())
-        threshold = S.detach().kthvalue(removed, dim=1, keepdim=True).values
-        return torch.where(threshold >= S, S, 0).sum()
-    groups = S.unflatten(1, (-1, sparsity.group))
-    if (sparsity.keep, sparsity.group) == (2, 4):
-        return _two_smallest_of_four(groups)
-    return groups.topk(sparsity.group - sparsity.keep, dim=-1, largest=False, sorted=False).values.sum()
+class _Removed(torch.autograd.Function):
+    """Sum of what a mask removes of S^T (d_in, d_out); the gradient reaches the removed entries only."""
+
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, sparsity: SparsityConfig) -> Tensor:
+        if not sparsity.is_grouped:
+            removed = round(sparsity.ratio * len(S))
+            if removed == 0:
+                ctx.save_for_backward(torch.zeros_like(S, dtype=torch.bool))
+                return S.new_zeros(())
+            is_removed = S.kthvalue(removed, dim=0, keepdim=True).values >= S
+            ctx.save_for_backward(is_removed)
+            return torch.where(is_removed, S, 0).sum()
+        groups = S.unflatten(0, (-1, sparsity.group))
+        if (sparsity.keep, sparsity.group) == (2, 4):
+            total, threshold = _two_smallest_of_four(groups)
+        else:
+            smallest = groups.topk(sparsity.group - sparsity.keep, dim=1, largest=False).values
+            total, threshold = smallest.sum(), smallest[:, -1]
+        ctx.save_for_backward((threshold[:, None] >= groups).flatten(0, 1))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (is_removed,) = ctx.saved_tensors
+        return is_removed * grad, None
 
 
-def _two_smallest_of_four(groups: Tensor) -> Tensor:
-    """Sum of the two smallest of (..., 4), by a sorting network: several times faster than topk."""
-    a, b, c, d = groups.unbind(-1)
+def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the two smallest of (n, 4, m), and the larger of each two: a sorting network beats topk several times."""
+    a, b, c, d = groups.unbind(1)
     low, high = torch.minimum(a, b), torch.maximum(a, b)
     low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
-    smallest = torch.minimum(low, low2)
     second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
-    return smallest.sum() + second.sum()
+    return torch.minimum(low, low2).sum() + second.sum(), second
+
+
+def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
+    """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
+    return _removed(S.mT, sparsity)
+
+
+def _removed(S: Tensor, sparsity: SparsityConfig) -> Tensor:
+    value: Tensor = _Removed.apply(S, sparsity)
+    return value
 
 
 def build_objective(
@@ -166,17 +190,18 @@ def build_objective(
 ) -> Objective:
     """Return the layer's objective as a function of (R1, R2).
 
-    entropy (paper): over rows for query, key, gate, up; over columns for down; over both for value and output.
+    entropy (paper): over the rows of query, key, gate, up; the columns of down; both of value and output.
     pruning_error: of each linear the importance that the mask will remove, over tr(W H W^T), which no rotation changes.
     """
     W, sizes = problem.weights, problem.sizes
-    reads_attention = torch.cat([W["query"], W["key"], W["value"]])
-    reads_mlp = torch.cat([W["gate"], W["up"]])
+    # Everything is kept as W^T: the inputs, which are grouped, then lie in the slow dimension.
+    reads_attention = torch.cat([W["query"], W["key"], W["value"]]).mT.contiguous()
+    reads_mlp = torch.cat([W["gate"], W["up"]]).mT.contiguous()
     writes_residual = torch.cat([W["output"].mT, W["down"].mT])  # (k q h + m, d)
     num_query_key = len(W["query"]) + len(W["key"])
     num_output = W["output"].shape[1]
     down_energy = None
-    if "down" in problem.hessians:
+    if salience != "magnitude" and "down" in problem.hessians:
         down_energy = column_energy(problem.hessians["down"], None, salience, damping)
     norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience) for name in W}
 
@@ -186,32 +211,32 @@ def build_objective(
         return column_energy(problem.hessians[inputs], R, salience, damping)
 
     def importances(R1: Tensor, R2: Tensor) -> dict[str, Tensor]:
-        attention = reads_attention @ R1
-        value = rotate_value_rows(attention[num_query_key:], R2)
-        writes = (writes_residual @ R1).mT
-        output = rotate_output_columns(writes[:, :num_output], R2, sizes.queries_per_group)
-        attention_energy = energy("attention", R1)
-        mlp_energy = energy("mlp", R1)
-        R_output = torch.block_diag(*R2.repeat_interleave(sizes.queries_per_group, dim=0))
+        """S^T, (d_in, d_out), of the linears; those that read the same inputs side by side."""
+        R2_of_queries = R2.repeat_interleave(sizes.queries_per_group, dim=0)
+        attention = R1.mT @ reads_attention
+        writes = writes_residual @ R1
+        attention_energy, mlp_energy = energy("attention", R1), energy("mlp", R1)
+        output_energy = energy("output", torch.block_diag(*R2_of_queries))
         return {
-            "query_key": _weigh(attention[:num_query_key], attention_energy),
-            "value": _weigh(value, attention_energy),
-            "output": _weigh(output, energy("output", R_output)),
-            "gate_up": _weigh(reads_mlp @ R1, mlp_energy),
-            "down": _weigh(writes[:, num_output:], down_energy),
+            "query_key": _weigh(attention[:, :num_query_key], attention_energy),
+            "value": _weigh(rotate_output_columns(attention[:, num_query_key:], R2, 1), attention_energy),
+            "output": _weigh(rotate_value_rows(writes[:num_output], R2_of_queries), output_energy),
+            "gate_up": _weigh(R1.mT @ reads_mlp, mlp_energy),
+            "down": _weigh(writes[num_output:], down_energy),
         }
 
     def entropy_objective(R1: Tensor, R2: Tensor) -> Tensor:
         S = importances(R1, R2)
-        rows = entropy(S["query_key"], 1) + entropy(S["gate_up"], 1) + entropy(S["value"], 1) + entropy(S["output"], 1)
-        return rows + entropy(S["down"], 0) + entropy(S["value"], 0) + entropy(S["output"], 0)
+        outputs = [entropy(S[name], 0) for name in ("query_key", "gate_up", "value", "output")]
+        inputs = [entropy(S[name], 1) for name in ("down", "value", "output")]
+        return torch.stack(outputs + inputs).sum()
 
     def pruning_error(R1: Tensor, R2: Tensor) -> Tensor:
         S = importances(R1, R2)
-        query, key = S["query_key"].split([len(W["query"]), len(W["key"])])
-        gate, up = S["gate_up"].chunk(2)
+        query, key = S["query_key"].split([len(W["query"]), len(W["key"])], dim=1)
+        gate, up = S["gate_up"].chunk(2, dim=1)
         parts = {"query": query, "key": key, "gate": gate, "up": up, **{n: S[n] for n in ("value", "output", "down")}}
-        return torch.stack([removed_importance(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
+        return torch.stack([_removed(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
 
     return {"entropy": entropy_objective, "pruning_error": pruning_error}[settings.name]
 
@@ -238,8 +263,9 @@ def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:
 
 
 def _weigh(W: Tensor, energy: Tensor | None) -> Tensor:
+    """S^T = (W^T)^2 * energy, (d_in, d_out)."""
     S = W.square()
-    return S if energy is None else S * energy
+    return S if energy is None else S * energy[:, None]
 
 
 def _norm(W: Tensor, H: Tensor | None, salience: str) -> Tensor:

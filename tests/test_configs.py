@@ -104,7 +104,7 @@ def test_the_defaults_of_prune_are_those_of_the_readme() -> None:
     assert settings.sparsity.label == "2of4"
     assert settings.rotation.name == "per_layer"
     assert settings.objective == config.ObjectiveConfig(name="pruning_error", salience="auto")
-    assert settings.optimizer == config.OptimizerConfig(name="riemannian_adam", steps=200, learning_rate=0.01)
+    assert settings.optimizer == config.OptimizerConfig(name="spectral", steps=200, learning_rate=0.15)
     assert (settings.device, settings.seed, settings.resume, settings.baseline) == ("auto", 0, "", "auto")
 
 

@@ -10,44 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import BIASED, SIZES, families, some_tokens, tiny_model, without_float32
 from torch import Tensor
 
 from drotator import modeling_rotated
 from drotator.modeling_rotated import ROTATED_FAMILIES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "initializer_range": 0.4,
-}
-BIASED = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
 SEEN_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-
-families = pytest.mark.parametrize("family", ROTATED_FAMILIES)
 
 
 def plain_and_rotated(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, Any]:
     """Build a random plain model, every parameter of which matters, and its rotated twin with identity boundaries."""
     rotated_family = ROTATED_FAMILIES[family]
-    plain_class, plain_config = rotated_family.causal_lm.__bases__[-1], rotated_family.config.__bases__[-1]
-    arguments = SIZES | BIASED.get(family, {}) | settings
-    torch.manual_seed(0)
-    plain = plain_class(plain_config(**arguments)).eval()
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.copy_(("norm" in name) + 0.3 * torch.randn_like(parameter))
-    rotated = rotated_family.causal_lm(rotated_family.config(**arguments)).eval()
+    plain = tiny_model(family, **settings)
+    rotated = rotated_family.causal_lm(rotated_family.config(**(SIZES | BIASED.get(family, {}) | settings))).eval()
     missing, unexpected = rotated.load_state_dict(plain.state_dict(), strict=False)
     assert all("boundary" in name for name in missing)
     assert not unexpected
@@ -63,25 +40,6 @@ def with_random_boundaries(family: str, dtype: torch.dtype = torch.float64, **se
     with torch.no_grad():
         for layer in model.model.layers[:-1]:
             layer.boundary.weight.copy_(random_orthogonal())
-    return model
-
-
-class Float64Norm(torch.nn.Module):
-    """The families' RMSNorm, which computes in float32 whatever the dtype, without that rounding."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.weight * hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.epsilon)
-
-
-def without_float32(model: Any) -> Any:
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if child.__class__.__name__.endswith("RMSNorm"):
-                setattr(module, name, Float64Norm(child))
     return model
 
 
@@ -107,11 +65,6 @@ def merge(model: Any, rotations: list[Tensor]) -> None:
         head = state["lm_head.weight"]
         head.copy_(head * state["model.norm.weight"] @ rotations[-1])
         state["model.norm.weight"].fill_(1)
-
-
-def some_tokens(rows: int = 2, length: int = 9) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(2, SIZES["vocab_size"], (rows, length), generator=generator)
 
 
 @families

@@ -1,0 +1,324 @@
+"""Every objective against slow, obvious float64 loops, its gradients against finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from drotator.architecture import PRE_NORM, LayerSizes
+from drotator.config import SALIENCES, ObjectiveConfig, PrunerConfig, SparsityConfig
+from drotator.objectives import (
+    INPUT_OF,
+    LayerProblem,
+    Objective,
+    build_objective,
+    chosen_salience,
+    column_energy,
+    entropy,
+    needed_hessians,
+    removed_importance,
+    with_gradients,
+)
+from drotator.pruners import PRUNERS
+from drotator.pruners.masks import grouped_mask
+from drotator.rotation import Rotation
+
+SIZES = LayerSizes(hidden_size=24, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+NUM_ROWS = {"query": 48, "key": 24, "value": 24, "output": 24, "gate": 48, "up": 48, "down": 24}
+NUM_INPUTS = {"attention": 24, "output": 48, "mlp": 24, "down": 48}
+DAMPING = 0.02
+GROUPS = [SparsityConfig(keep=keep, group=group) for keep, group in ((2, 4), (4, 8), (1, 3), (3, 4))]
+SPARSITIES = [*GROUPS, SparsityConfig(ratio=0.5), SparsityConfig(ratio=0.6)]
+TWO_OF_FOUR = GROUPS[0]
+
+by_name = pytest.mark.parametrize("name", ["entropy", "pruning_error"])
+by_salience = pytest.mark.parametrize("salience", [salience for salience in SALIENCES if salience != "auto"])
+by_sparsity = pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda sparsity: sparsity.label)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def moments(n: int, seed: int) -> Tensor:
+    """H of inputs that are correlated and of unequal size."""
+    mix = torch.randn(n, n, generator=generator(seed), dtype=torch.float64) * torch.logspace(0.3, -0.7, n)
+    X = mix @ torch.randn(n, 3 * n, generator=generator(seed + 1), dtype=torch.float64)
+    return 2 / X.shape[1] * X @ X.T
+
+
+def problem(seed: int = 0) -> LayerProblem:
+    weights = {
+        name: torch.randn(rows, NUM_INPUTS[INPUT_OF[name]], generator=generator(seed + rows + i), dtype=torch.float64)
+        for i, (name, rows) in enumerate(NUM_ROWS.items())
+    }
+    hessians = {inputs: moments(n, seed + 10 * i) for i, (inputs, n) in enumerate(NUM_INPUTS.items())}
+    return LayerProblem(weights, hessians, SIZES)
+
+
+def random_rotation(seed: int = 5) -> Rotation:
+    return Rotation.random(SIZES, generator(seed))
+
+
+def objective_of(
+    name: str, salience: str, sparsity: SparsityConfig = TWO_OF_FOUR, layer: LayerProblem | None = None
+) -> Objective:
+    return build_objective(ObjectiveConfig(name=name), salience, sparsity, layer or problem(), DAMPING)
+
+
+# The reference. Every rotation is written out as a dense matrix for the whole input, every inverse is formed.
+
+
+def energy_reference(H: Tensor, salience: str) -> Tensor:
+    n = len(H)
+    shift = DAMPING * sum(float(H[j, j]) for j in range(n)) / n
+    inverse = torch.linalg.inv(H + shift * torch.eye(n, dtype=torch.float64))
+    if salience == "magnitude":
+        return torch.ones(n, dtype=torch.float64)
+    if salience == "wanda":
+        return torch.tensor([float(H[j, j]) for j in range(n)], dtype=torch.float64)
+    if salience == "obs":
+        return torch.tensor([1 / float(inverse[j, j]) for j in range(n)], dtype=torch.float64)
+    U = torch.linalg.cholesky(inverse, upper=True)  # what the sweep divides by
+    return torch.tensor([1 / float(U[j, j]) ** 2 for j in range(n)], dtype=torch.float64)
+
+
+def rotated(layer: LayerProblem, rotation: Rotation) -> LayerProblem:
+    """Merge the rotation in weights and moments, with R2 as the block-diagonal matrix that it stands for."""
+    R1 = rotation.R1
+    R_value = torch.block_diag(rotation.R2[0], rotation.R2[1])
+    R_output = torch.block_diag(rotation.R2[0], rotation.R2[0], rotation.R2[1], rotation.R2[1])
+    W, H = layer.weights, layer.hessians
+    weights = {name: W[name] @ R1 for name in ("query", "key", "gate", "up")} | {
+        "value": R_value.T @ W["value"] @ R1,
+        "output": R1.T @ W["output"] @ R_output,
+        "down": R1.T @ W["down"],
+    }
+    bases = {"attention": R1, "output": R_output, "mlp": R1, "down": torch.eye(48, dtype=torch.float64)}
+    return LayerProblem(weights, {inputs: R.T @ H[inputs] @ R for inputs, R in bases.items()}, SIZES)
+
+
+def importances(layer: LayerProblem, salience: str) -> dict[str, Tensor]:
+    return {
+        name: W**2 * energy_reference(layer.hessians[INPUT_OF[name]], salience) for name, W in layer.weights.items()
+    }
+
+
+def entropy_of(values: list[float]) -> float:
+    parts = [value / sum(values) for value in values]
+    return -sum(part * math.log(part) for part in parts if part > 0)
+
+
+def entropy_reference(layer: LayerProblem, salience: str) -> float:
+    S = importances(layer, salience)
+    rows = [row for name in ("query", "key", "value", "output", "gate", "up") for row in S[name].tolist()]
+    columns = [column for name in ("value", "output", "down") for column in S[name].T.tolist()]
+    return sum(entropy_of(values) for values in rows + columns)
+
+
+def removed_reference(S: Tensor, sparsity: SparsityConfig) -> float:
+    total = 0.0
+    for row in S.tolist():
+        if sparsity.is_grouped:
+            for start in range(0, len(row), sparsity.group):
+                group = sorted(row[start : start + sparsity.group])
+                total += sum(group[: sparsity.group - sparsity.keep])
+        else:
+            total += sum(sorted(row)[: round(sparsity.ratio * len(row))])
+    return total
+
+
+def output_energy(W: Tensor, H: Tensor, salience: str) -> float:
+    return float(torch.trace(W @ W.T if salience == "magnitude" else W @ H @ W.T))
+
+
+def pruning_error_reference(layer: LayerProblem, salience: str, sparsity: SparsityConfig) -> float:
+    return sum(
+        removed_reference(S, sparsity) / output_energy(layer.weights[name], layer.hessians[INPUT_OF[name]], salience)
+        for name, S in importances(layer, salience).items()
+    )
+
+
+@by_salience
+@pytest.mark.parametrize("seed", [None, 5], ids=["identity", "random"])
+def test_the_entropy_is_that_of_rows_and_columns_written_out(salience: str, seed: int | None) -> None:
+    rotation = Rotation.identity(SIZES).to(dtype=torch.float64) if seed is None else random_rotation(seed)
+    found = objective_of("entropy", salience)(rotation.R1, rotation.R2)
+    assert float(found) == pytest.approx(entropy_reference(rotated(problem(), rotation), salience), rel=1e-9)
+
+
+@by_salience
+@by_sparsity
+def test_the_pruning_error_is_what_the_groups_lose_over_the_outputs_energy(
+    salience: str, sparsity: SparsityConfig
+) -> None:
+    rotation = random_rotation()
+    found = objective_of("pruning_error", salience, sparsity)(rotation.R1, rotation.R2)
+    expected = pruning_error_reference(rotated(problem(), rotation), salience, sparsity)
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@by_name
+@by_salience
+def test_an_objective_at_a_rotation_is_that_of_the_merged_layer_at_the_identity(name: str, salience: str) -> None:
+    rotation, identity = random_rotation(), Rotation.identity(SIZES).to(dtype=torch.float64)
+    merged = objective_of(name, salience, layer=rotated(problem(), rotation))(identity.R1, identity.R2)
+    torch.testing.assert_close(objective_of(name, salience)(rotation.R1, rotation.R2), merged)
+
+
+@by_salience
+def test_at_the_identity_the_pruning_error_is_what_the_pruners_mask_removes(salience: str) -> None:
+    layer, identity = problem(), Rotation.identity(SIZES).to(dtype=torch.float64)
+    expected = 0.0
+    for name, W in layer.weights.items():
+        H = layer.hessians[INPUT_OF[name]]
+        S = W**2 * energy_reference(H, salience)
+        mask = grouped_mask(S, 2, 4)
+        if salience in PRUNERS:
+            assert torch.equal(mask, PRUNERS[salience](W, H, TWO_OF_FOUR, PrunerConfig(name=salience)).mask)
+        expected += float(S[~mask].sum()) / output_energy(W, H, salience)
+    found = objective_of("pruning_error", salience)(identity.R1, identity.R2)
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@by_salience
+def test_every_linears_outputs_have_the_same_energy_in_every_basis(salience: str) -> None:
+    layer, turned = problem(), rotated(problem(), random_rotation())
+    for name, inputs in INPUT_OF.items():
+        before = output_energy(layer.weights[name], layer.hessians[inputs], salience)
+        assert output_energy(turned.weights[name], turned.hessians[inputs], salience) == pytest.approx(before)
+
+
+@by_name
+@by_salience
+def test_gradients_are_those_of_finite_differences(name: str, salience: str) -> None:
+    rotation = random_rotation()
+    leaves = (rotation.R1.requires_grad_(), rotation.R2.requires_grad_())
+    assert torch.autograd.gradcheck(objective_of(name, salience), leaves, fast_mode=True)
+
+
+@by_salience
+@by_sparsity
+def test_the_pruning_error_falls_as_its_gradient_says_along_rotations(salience: str, sparsity: SparsityConfig) -> None:
+    rotation, step = random_rotation(), 1e-6
+    objective = objective_of("pruning_error", salience, sparsity)
+    _, G1, G2 = with_gradients([objective])(rotation.R1, rotation.R2)
+    for seed in range(3):
+        planes = [torch.randn(R.shape, generator=generator(seed), dtype=torch.float64) for R in (G1, G2)]
+        A1, A2 = (plane - plane.mT for plane in planes)
+        slope = (G1 * (rotation.R1 @ A1)).sum() + (G2 * (rotation.R2 @ A2)).sum()
+        ahead, behind = (
+            objective(
+                rotation.R1 @ torch.linalg.matrix_exp(sign * step * A1),
+                rotation.R2 @ torch.linalg.matrix_exp(sign * step * A2),
+            )
+            for sign in (1, -1)
+        )
+        assert float((ahead - behind) / (2 * step)) == pytest.approx(float(slope), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_entropys_gradient_is_exact(dim: int) -> None:
+    S = torch.rand(5, 7, generator=generator(0), dtype=torch.float64) + 0.01
+    assert torch.autograd.gradcheck(lambda S: entropy(S, dim), (S.requires_grad_(),))
+    assert float(entropy(torch.ones(3, 4), dim)) == pytest.approx(4 * math.log(3) if dim == 0 else 3 * math.log(4))
+
+
+@by_salience
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_exactly_zero_leave_the_entropy_and_its_gradients_finite(
+    salience: str, dtype: torch.dtype
+) -> None:
+    layer = problem()
+    for W in layer.weights.values():
+        W[torch.rand(W.shape, generator=generator(1)) < 0.3] = 0
+    expected = entropy_reference(layer, salience)
+    weights, hessians = ({name: t.to(dtype) for name, t in part.items()} for part in (layer.weights, layer.hessians))
+    low = LayerProblem(weights, hessians, SIZES)
+    identity = Rotation.identity(SIZES).to(dtype=dtype)
+    loss, *gradients = with_gradients([objective_of("entropy", salience, layer=low)])(identity.R1, identity.R2)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(gradient.count_nonzero() for gradient in gradients)
+
+
+def test_a_row_of_zeros_has_no_entropy_and_no_gradient() -> None:
+    W = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    value = entropy(W.square(), 1)
+    value.backward()
+    assert W.grad is not None
+    assert float(value.detach()) == pytest.approx(entropy_of([1, 4, 9]))
+    assert W.grad[0].count_nonzero()
+    assert torch.equal(W.grad[1], torch.zeros(3))
+
+
+@by_name
+@by_salience
+def test_only_the_moments_that_are_needed_are_read(name: str, salience: str) -> None:
+    layer, rotation = problem(), random_rotation()
+    needed = needed_hessians(ObjectiveConfig(name=name), salience)
+    less = LayerProblem(layer.weights, {inputs: layer.hessians[inputs] for inputs in needed}, SIZES)
+    found = objective_of(name, salience, layer=less)(rotation.R1, rotation.R2)
+    torch.testing.assert_close(found, objective_of(name, salience)(rotation.R1, rotation.R2))
+    assert ("down" in needed) == (name == "pruning_error" and salience != "magnitude")
+
+
+@pytest.mark.parametrize("salience", ["wanda", "obs", "sequential_obs"])
+def test_energies_are_those_of_the_explicit_inverse_in_any_basis(salience: str) -> None:
+    H, R = moments(24, 3), random_rotation().R1
+    torch.testing.assert_close(column_energy(H, R, salience, DAMPING), energy_reference(R.T @ H @ R, salience))
+    torch.testing.assert_close(column_energy(H, None, salience, DAMPING), energy_reference(H, salience))
+    single = column_energy(H.float(), R.float(), salience, DAMPING)
+    assert single.dtype is torch.float32
+    torch.testing.assert_close(single.double(), energy_reference(R.T @ H @ R, salience), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("sparsity", GROUPS, ids=lambda sparsity: sparsity.label)
+def test_of_equal_importances_a_group_loses_as_many_as_its_mask_removes(sparsity: SparsityConfig) -> None:
+    S = torch.tensor([1.0, 2.0, 2.0, 2.0]).repeat(2, 6)
+    assert float(removed_importance(S, sparsity)) == removed_reference(S, sparsity)
+
+
+def test_a_ratio_that_removes_nothing_of_a_row_removes_no_importance() -> None:
+    assert float(removed_importance(torch.ones(2, 8), SparsityConfig(ratio=0.05))) == 0
+
+
+def test_objectives_of_several_layers_add_up_over_one_r1_and_each_its_own_r2() -> None:
+    layers = [problem(0), problem(100)]
+    objectives = [objective_of("pruning_error", "obs", layer=layer) for layer in layers]
+    R1, heads = random_rotation().R1, [random_rotation(seed).R2 for seed in (6, 7)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (R1, *heads)]
+    expected = objectives[0](leaves[0], leaves[1]) + objectives[1](leaves[0], leaves[2])
+    gradients = torch.autograd.grad(expected, leaves)
+    with torch.no_grad():
+        loss, G1, G2 = with_gradients(objectives)(R1, torch.cat(heads))
+    assert not loss.requires_grad and not G1.requires_grad and not G2.requires_grad
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(G1, gradients[0])
+    torch.testing.assert_close(G2, torch.cat(gradients[1:]))
+
+
+@pytest.mark.parametrize(
+    ("pruner", "entropy_salience", "error_salience"),
+    [
+        ("magnitude", "magnitude", "magnitude"),
+        ("wanda", "wanda", "wanda"),
+        ("sparsegpt", "obs", "sequential_obs"),
+        ("none", "wanda", "wanda"),
+    ],
+)
+def test_auto_is_the_pruners_own_importance(pruner: str, entropy_salience: str, error_salience: str) -> None:
+    assert chosen_salience(ObjectiveConfig(name="entropy"), pruner) == entropy_salience
+    assert chosen_salience(ObjectiveConfig(name="pruning_error"), pruner) == error_salience
+    assert chosen_salience(ObjectiveConfig(salience="wanda"), pruner) == "wanda"
+
+
+def test_a_problem_takes_weights_by_their_module_names_in_float32() -> None:
+    weights = {getattr(PRE_NORM, name): W for name, W in problem().weights.items()}
+    found = LayerProblem.of_layer(weights, PRE_NORM, SIZES, {})
+    assert found.weights.keys() == NUM_ROWS.keys()
+    for name, W in found.weights.items():
+        assert torch.equal(W, problem().weights[name].float())

@@ -1,0 +1,196 @@
+"""Optimizers stay on the orthogonal group, whatever they are given, and go down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from drotator.objectives import entropy
+from drotator.optimizers import OPTIMIZERS, AdamQR, RiemannianAdam, Spectral, cosine, matrix_sign, skew
+from drotator.rotation import eye_like
+
+SHAPES = [(12, 12), (3, 5, 5)]
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda noise: noise,
+    "huge": lambda noise: 1e12 * noise,
+    "tiny": lambda noise: 1e-12 * noise,
+    "zero": torch.zeros_like,
+    "rank one": lambda noise: noise[..., :1] @ noise[..., 1:2].mT,
+    "one entry": lambda noise: torch.zeros_like(noise).index_put((torch.tensor(0),) * noise.ndim, torch.tensor(1.0)),
+    "symmetric": lambda noise: noise + noise.mT,
+}
+
+by_name = pytest.mark.parametrize("name", OPTIMIZERS)
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=["R1", "R2"])
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def identity(shape: tuple[int, ...]) -> Tensor:
+    return torch.eye(shape[-1]).expand(shape).clone()
+
+
+def rotation_of(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.linalg.qr(noise(shape, seed).double()).Q.float()
+
+
+def drift(R: Tensor) -> float:
+    return float((R.double().mT @ R.double() - eye_like(R)).abs().max())
+
+
+@by_name
+@by_shape
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("learning_rate", [1e-3, 0.1, 10.0])
+def test_rotations_stay_orthogonal(name: str, shape: tuple[int, ...], kind: str, learning_rate: float) -> None:
+    optimizer = OPTIMIZERS[name](identity(shape), learning_rate)
+    for step in range(40):
+        R = optimizer.rotation()
+        assert not R.requires_grad
+        assert R.isfinite().all(), step
+        assert drift(R) < 1e-3, step
+        optimizer.update(GRADIENTS[kind](noise(shape, step)), step / 40)
+
+
+@by_name
+@by_shape
+def test_an_absurd_learning_rate_leaves_rotations_orthogonal(name: str, shape: tuple[int, ...]) -> None:
+    optimizer = OPTIMIZERS[name](identity(shape), 1e4)
+    for step in range(40):
+        optimizer.update(noise(shape, step), 0.0)
+        assert drift(optimizer.rotation()) < 1e-3, step
+
+
+@by_name
+@by_shape
+def test_the_first_rotation_is_the_one_given(name: str, shape: tuple[int, ...]) -> None:
+    torch.testing.assert_close(OPTIMIZERS[name](identity(shape), 0.01).rotation(), identity(shape), rtol=0, atol=0)
+    start = rotation_of(shape, 0)
+    optimizer = OPTIMIZERS[name](start, 0.01)
+    torch.testing.assert_close(optimizer.rotation(), start, rtol=0, atol=1e-5)
+    before = start.clone()
+    optimizer.update(noise(shape, 1), 0.0)
+    assert torch.equal(start, before)
+    assert (optimizer.rotation() - start).abs().max() > 1e-4
+
+
+@by_name
+@by_shape
+def test_without_a_gradient_nothing_moves(name: str, shape: tuple[int, ...]) -> None:
+    optimizer = OPTIMIZERS[name](identity(shape), 0.1)
+    for _ in range(3):
+        optimizer.update(torch.zeros(shape), 0.0)
+    torch.testing.assert_close(optimizer.rotation(), identity(shape), rtol=0, atol=1e-6)
+
+
+@by_name
+@by_shape
+def test_they_approach_the_nearest_rotation(name: str, shape: tuple[int, ...]) -> None:
+    target = torch.linalg.matrix_exp(0.15 * skew(noise(shape, 3)))
+    learning_rate = {"adam_qr": 0.01, "riemannian_adam": 0.001, "spectral": 0.05}[name]
+    optimizer = OPTIMIZERS[name](identity(shape), learning_rate)
+    start = (optimizer.rotation() - target).norm()
+    for step in range(300):
+        optimizer.update(optimizer.rotation() - target, step / 300)
+    assert (optimizer.rotation() - target).norm() < 0.05 * start
+
+
+@pytest.mark.parametrize("optimizer_class", [RiemannianAdam, Spectral])
+def test_the_step_follows_a_cosine_to_nothing(optimizer_class: type[RiemannianAdam | Spectral]) -> None:
+    G = skew(noise((12, 12), 0))
+    moved = []
+    for progress in (0.0, 0.5, 1.0):
+        optimizer = optimizer_class(identity((12, 12)), 0.01)
+        optimizer.update(G, progress)
+        moved.append(float((optimizer.rotation() - identity((12, 12))).norm()))
+    assert moved[0] > 0
+    assert moved[1] == pytest.approx(moved[0] / 2, rel=0.05)
+    assert moved[2] < 1e-5
+    assert [cosine(3.0, progress) for progress in (0, 0.5, 1)] == pytest.approx([3, 1.5, 0])
+
+
+@by_shape
+@pytest.mark.parametrize("scale", [0.01, 100.0], ids=["below the clip", "above the clip"])
+def test_adam_qr_is_adam_on_a_matrix_whose_qr_factor_is_the_rotation(shape: tuple[int, ...], scale: float) -> None:
+    optimizer = AdamQR(identity(shape), 0.01)
+    A = identity(shape).requires_grad_()
+    adam = torch.optim.Adam([A], lr=0.01)
+    for step in range(25):
+        target = scale * noise(shape, step)
+        Q, R = torch.linalg.qr(A)
+        Q = Q @ torch.diag_embed(R.diagonal(dim1=-2, dim2=-1).detach().sign())
+        torch.testing.assert_close(optimizer.rotation(), Q.detach(), rtol=0, atol=1e-5)
+        adam.zero_grad()
+        (Q * target).sum().backward()
+        torch.nn.utils.clip_grad_norm_(A, 1.0)
+        adam.step()
+        optimizer.update(target, step / 25)
+    assert (optimizer.rotation() - identity(shape)).abs().max() > 0.02
+
+
+def test_a_small_first_step_of_riemannian_adam_turns_every_plane_by_the_learning_rate() -> None:
+    n, learning_rate = 24, 1e-4
+    optimizer = RiemannianAdam(identity((n, n)), learning_rate)
+    G = noise((n, n), 0)
+    optimizer.update(G, 0.0)
+    angle = learning_rate * math.sqrt(576 / n)
+    expected = identity((n, n)) - angle * skew(G).sign()
+    torch.testing.assert_close(optimizer.rotation(), expected, rtol=0, atol=30 * angle**2)
+
+
+def test_a_step_of_spectral_turns_every_plane_by_the_learning_rate() -> None:
+    optimizer = Spectral(identity((12, 12)), 0.1)
+    optimizer.update(noise((12, 12), 0), 0.0)
+    angles = torch.linalg.eigvals(optimizer.rotation().double()).angle().abs()
+    torch.testing.assert_close(angles, torch.full_like(angles, 0.1), rtol=0.2, atol=0)
+
+
+def structured_weight(d_out: int, d: int) -> Tensor:
+    """A sparse weight hidden by a rotation: one that concentrates it again is known to exist."""
+    sparse = noise((d_out, d), 0) * (torch.rand(d_out, d, generator=torch.Generator().manual_seed(1)) < 0.05)
+    return (sparse + 0.02 * noise((d_out, d), 2)) @ rotation_of((d, d), 3)
+
+
+def test_riemannian_adam_reaches_a_lower_entropy_in_half_the_steps_of_adam_qr() -> None:
+    W = structured_weight(256, 64)
+    reached = {}
+    for name, steps in (("riemannian_adam", 200), ("adam_qr", 400)):
+        optimizer = OPTIMIZERS[name](identity((64, 64)), 0.01)
+        losses = []
+        for step in range(steps):
+            R = optimizer.rotation().clone().requires_grad_()
+            loss = entropy((W @ R).square(), 1)
+            losses.append(float(loss.detach()))
+            optimizer.update(torch.autograd.grad(loss, R)[0], step / steps)
+        reached[name] = min(losses)
+        assert reached[name] < 0.4 * losses[0]
+    assert reached["riemannian_adam"] < reached["adam_qr"]
+
+
+@by_shape
+def test_matrix_sign_brings_singular_values_near_one_and_keeps_skew_matrices_skew(shape: tuple[int, ...]) -> None:
+    A = noise(shape, 0)
+    left, _, right = torch.linalg.svd(A)
+    found = matrix_sign(A)
+    values = torch.linalg.svdvals(found)
+    large = torch.linalg.svdvals(A) > 0.05 * torch.linalg.matrix_norm(A, keepdim=True)[..., 0]
+    assert (values[large] - 1).abs().max() < 0.3
+    assert (left.mT @ found @ right.mT).diagonal(dim1=-2, dim2=-1).min() >= 0
+    assert torch.equal(matrix_sign(2.0**20 * A), found)
+    turned = matrix_sign(skew(A))
+    torch.testing.assert_close(turned, -turned.mT, rtol=0, atol=1e-4)
+    assert torch.equal(matrix_sign(torch.zeros(shape)), torch.zeros(shape))
+
+
+@by_shape
+def test_skew_is_the_antisymmetric_part(shape: tuple[int, ...]) -> None:
+    A = noise(shape, 0)
+    assert torch.equal(skew(A), -skew(A).mT)
+    torch.testing.assert_close(skew(A) + (A + A.mT) / 2, A)
+    assert not skew(A + A.mT).any()

@@ -1,0 +1,327 @@
+"""One layer: learned, merged, pruned; against the same done by hand, input after input."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import families, some_tokens, tiny_source
+from torch import Tensor, nn
+
+from drotator.architecture import ModelSource, hidden_states, linear
+from drotator.config import (
+    CalibrationConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PruneConfig,
+    PrunerConfig,
+    RotationConfig,
+    SparsityConfig,
+)
+from drotator.objectives import with_gradients
+from drotator.pruners import PRUNERS
+from drotator.pruning import (
+    LayerContext,
+    importance_of_gate,
+    learn_rotation,
+    merge,
+    open_layer,
+    prune_linears,
+)
+from drotator.resources import Stopwatch
+from drotator.rotation import Rotation
+from drotator.statistics import ActivationStream
+
+CPU = torch.device("cpu")
+WINDOWS = some_tokens(5, 30)
+TWO_OF_FOUR, SIXTY = SparsityConfig(keep=2, group=4), SparsityConfig(ratio=0.6)
+
+by_pruner = pytest.mark.parametrize("pruner", PRUNERS)
+by_sparsity = pytest.mark.parametrize("sparsity", [TWO_OF_FOUR, SIXTY], ids=lambda sparsity: sparsity.label)
+
+
+def context_of(source: ModelSource, index: int = 0) -> LayerContext:
+    """Bring layer `index` and the hidden states that enter it."""
+    stream = ActivationStream.start(source, WINDOWS, 2, CPU)
+    for before in range(index):
+        stream.advance(source.layer(before), before, None)
+    return LayerContext(
+        index, source.layer(index), source.spec, source.sizes, source.num_layers, stream, Stopwatch(CPU)
+    )
+
+
+def settings(pruner: str = "wanda", objective: str = "pruning_error", **optimizer: Any) -> PruneConfig:
+    return PruneConfig(
+        model=ModelConfig(path="tiny"),
+        pruner=PrunerConfig(name=pruner),
+        sparsity=TWO_OF_FOUR,
+        rotation=RotationConfig(),
+        objective=ObjectiveConfig(name=objective),
+        optimizer=OptimizerConfig(**({"steps": 25, "learning_rate": 0.005} | optimizer)),
+        calibration=CalibrationConfig(dataset="embedded"),
+        eval=EvalConfig(),
+    )
+
+
+@torch.no_grad()
+def moments(context: LayerContext, name: str, R1: Tensor | None = None) -> Tensor:
+    """Gather the inputs of one linear of the layer as it is now, in one list, and form H in float64."""
+    gathered: list[Tensor] = []
+    module = linear(context.layer, name)
+    handle = module.register_forward_pre_hook(lambda _, args: gathered.append(args[0].flatten(0, 1).double()))
+    for hidden, kwargs in context.stream.batches(context.index, R1):
+        context.layer(hidden, **kwargs)
+    handle.remove()
+    X = torch.cat(gathered).T
+    return 2 / X.shape[1] * X @ X.T
+
+
+@torch.no_grad()
+def outputs(context: LayerContext, R1: Tensor | None = None) -> Tensor:
+    batches = context.stream.batches(context.index, R1)
+    return torch.cat([hidden_states(context.layer(hidden, **kwargs)) for hidden, kwargs in batches])
+
+
+@torch.no_grad()
+def prune_by_hand(
+    context: LayerContext, pruner: PrunerConfig, sparsity: SparsityConfig, R1: Tensor | None
+) -> dict[str, tuple[Tensor, float]]:
+    """Prune each linear with the moments of the layer whose earlier linears are pruned: weight and relative error."""
+    found = {}
+    for names in context.spec.inputs.values():
+        H = moments(context, names[0], R1)
+        for name in names:
+            weight = linear(context.layer, name).weight
+            W = weight.double()
+            weight.copy_(PRUNERS[pruner.name](weight.float().clone(), H.float(), sparsity, pruner).weight)
+            change = W - weight.double()
+            error = torch.trace(change @ H @ change.T) / torch.trace(W @ H @ W.T)
+            found[name] = (weight.clone(), float(error))
+    return found
+
+
+def assert_same_pruning(found: nn.Module, expected: Tensor, name: str) -> None:
+    weight = linear(found, name).weight
+    assert torch.equal(weight != 0, expected != 0), name
+    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-3)
+
+
+@families
+@by_pruner
+@by_sparsity
+def test_linears_are_pruned_with_the_moments_that_the_pruned_ones_before_leave(
+    family: str, pruner: str, sparsity: SparsityConfig, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family)
+    context, by_hand = context_of(source, 1), context_of(source, 1)
+    assert context.spec.linears == tuple(name for names in context.spec.inputs.values() for name in names)
+    dense = {name: moments(context, names[0]) for names in context.spec.inputs.values() for name in names}
+    expected = prune_by_hand(by_hand, PrunerConfig(name=pruner), sparsity, None)
+    results, raised = prune_linears(context, PrunerConfig(name=pruner), sparsity, None, None)
+    assert raised == {}
+    assert list(results) == list(context.spec.linears)
+    for name, (weight, error) in expected.items():
+        assert_same_pruning(context.layer, weight, name)
+        assert results[name].relative_error == pytest.approx(error, rel=1e-3)
+        assert results[name].sparsity == round(sparsity.fraction * weight.numel()) / weight.numel()
+        assert float((weight == 0).float().mean()) == pytest.approx(results[name].sparsity)
+    for name in (context.spec.output, context.spec.gate, context.spec.down):
+        H = moments(by_hand, name)
+        assert (H - dense[name]).norm() > 0.02 * dense[name].norm()  # the order is seen
+
+
+@by_pruner
+def test_a_rotated_layer_is_pruned_with_moments_of_its_own_basis(pruner: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    context, by_hand = context_of(source), context_of(source)
+    rotation = Rotation.random(source.sizes, torch.Generator().manual_seed(0))
+    for each in (context, by_hand):
+        merged = merge(each, open_layer(each, settings(pruner)).weights, rotation)
+    expected = prune_by_hand(by_hand, PrunerConfig(name=pruner), TWO_OF_FOUR, merged.R1)
+    results, _ = prune_linears(context, PrunerConfig(name=pruner), TWO_OF_FOUR, merged.R1, None)
+    for name, (weight, error) in expected.items():
+        assert_same_pruning(context.layer, weight, name)
+        assert results[name].relative_error == pytest.approx(error, rel=1e-3)
+
+
+def test_moments_that_are_known_are_used_for_attention_and_not_collected_again(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    context, spec = context_of(source), source.spec
+    dense = source.layer(0)
+    known = torch.diag(torch.logspace(-3, 3, 32))
+    passes: list[str] = []
+    context.layer.register_forward_pre_hook(lambda *_: passes.append("pass"))
+    pruner = PrunerConfig(name="wanda")
+    results, _ = prune_linears(context, pruner, TWO_OF_FOUR, None, known)
+    assert len(passes) == 3 * 3  # three batches for output, mlp and down
+    for name in spec.inputs["attention"]:
+        W = linear(dense, name).weight
+        weight = PRUNERS["wanda"](W, known, TWO_OF_FOUR, pruner).weight
+        assert torch.equal(linear(context.layer, name).weight, weight)
+        change = ((W - weight) ** 2 * known.diagonal()).sum() / (W**2 * known.diagonal()).sum()
+        assert results[name].relative_error == pytest.approx(float(change), rel=1e-4)
+    plain = context_of(source)
+    prune_linears(plain, pruner, TWO_OF_FOUR, None, None)
+    assert not torch.equal(linear(plain.layer, spec.query).weight, linear(context.layer, spec.query).weight)
+
+
+@families
+def test_without_a_pruner_weights_stay_and_errors_are_zero(family: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family, torch.bfloat16)
+    context, dense = context_of(source), source.layer(0).state_dict()
+    results, raised = prune_linears(context, PrunerConfig(name="none"), TWO_OF_FOUR, None, None)
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in context.layer.state_dict().items())
+    assert [result.relative_error for result in results.values()] == [0] * 7
+    assert raised == {}
+    for name, result in results.items():
+        assert result.sparsity == pytest.approx(float((dense[f"{name}.weight"] == 0).float().mean()))
+
+
+@by_pruner
+@by_sparsity
+def test_a_bfloat16_layer_keeps_exact_zeros_and_its_errors_are_those_of_the_stored_weights(
+    pruner: str, sparsity: SparsityConfig, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, "qwen2", torch.bfloat16)
+    context, dense = context_of(source), source.layer(0)
+    H = moments(context, source.spec.query)
+    results, _ = prune_linears(context, PrunerConfig(name=pruner), sparsity, None, None)
+    for name, result in results.items():
+        weight = linear(context.layer, name).weight
+        assert weight.dtype is torch.bfloat16
+        assert result.sparsity == float((weight == 0).double().mean())
+        assert result.sparsity >= round(sparsity.fraction * weight.numel()) / weight.numel()
+        assert not weight[weight == 0].signbit().any()
+    W = linear(dense, source.spec.key).weight.double()
+    change = W - linear(context.layer, source.spec.key).weight.double()
+    expected = torch.trace(change @ H @ change.T) / torch.trace(W @ H @ W.T)
+    assert results[source.spec.key].relative_error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_sparsegpt_leaves_less_error_than_wanda_and_wanda_less_than_magnitude(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    gate = {}
+    for pruner in PRUNERS:
+        results, _ = prune_linears(context_of(source), PrunerConfig(name=pruner), TWO_OF_FOUR, None, None)
+        gate[pruner] = results[source.spec.query].relative_error
+    assert 0 < gate["sparsegpt"] < gate["wanda"] < gate["magnitude"] < 1
+
+
+def test_a_pruner_that_fails_names_layer_and_linear(tmp_path: Path) -> None:
+    context = context_of(tiny_source(tmp_path, "llama"), 2)
+    with pytest.raises(RuntimeError, match=r"Layer 2, self_attn\.q_proj: .*not positive definite"):
+        prune_linears(context, PrunerConfig(), TWO_OF_FOUR, None, -torch.eye(32))
+    linear(context.layer, context.spec.up).weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"Layer 2, mlp\.up_proj: .*not finite"):
+        prune_linears(context, PrunerConfig(name="magnitude"), TWO_OF_FOUR, None, None)
+
+
+def test_damping_that_had_to_be_raised_is_told_for_its_linear(tmp_path: Path) -> None:
+    context = context_of(tiny_source(tmp_path, "llama"))
+    known = torch.eye(32)
+    known[0, 1] = known[1, 0] = 1.05  # indefinite by 0.05
+    _, raised = prune_linears(context, PrunerConfig(damping=0.01), TWO_OF_FOUR, None, known)
+    assert raised == {name: pytest.approx(0.1) for name in context.spec.inputs["attention"]}
+
+
+@families
+@pytest.mark.parametrize("objective", ["entropy", "pruning_error"])
+def test_a_learned_and_merged_rotation_lowers_the_objective_and_keeps_the_layers_function(
+    family: str, objective: str, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family)
+    context = context_of(source, 1)
+    before = outputs(context)
+    dense = open_layer(context, settings(objective=objective))
+    trained = learn_rotation([dense], settings(objective=objective))
+    assert dense.objective_at(None) == pytest.approx(trained.objective_before, rel=1e-5)
+    assert trained.objective_after < trained.objective_before
+    assert dense.objective_at(trained.rotation) == pytest.approx(trained.objective_after, rel=1e-5)
+    merged = merge(context, dense.weights, trained.rotation)
+    assert merged.R1.dtype is torch.float64
+    assert merged.orthogonality() < 1e-13
+    torch.testing.assert_close(merged.R1.float(), trained.rotation.R1, rtol=0, atol=1e-3)
+    torch.testing.assert_close(outputs(context, merged.R1) @ merged.R1.mT.float(), before, rtol=1e-4, atol=1e-4)
+    assert set(context.watch.seconds) == {"calibrate", "rotate"}
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+def test_a_learned_rotation_lowers_the_error_that_pruning_leaves(pruner: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    errors = []
+    for steps in (0, 60):
+        context = context_of(source)
+        chosen = settings(pruner, steps=steps)
+        dense = open_layer(context, chosen)
+        R1 = merge(context, dense.weights, learn_rotation([dense], chosen).rotation).R1
+        results, _ = prune_linears(context, chosen.pruner, chosen.sparsity, R1, None)
+        errors.append(sum(result.relative_error for result in results.values()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_one_r1_is_learned_for_several_layers_with_an_r2_for_each(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    layers = [open_layer(context_of(source, index), settings()) for index in range(3)]
+    trained = learn_rotation(layers, settings())
+    assert trained.rotation.R1.shape == (32, 32)
+    assert trained.rotation.R2.shape == (6, 12, 12)
+    assert trained.objective_before == pytest.approx(sum(layer.objective_at(None) for layer in layers), rel=1e-5)
+    parts = [Rotation(trained.rotation.R1, R2) for R2 in trained.rotation.R2.chunk(3)]
+    reached = sum(layer.objective_at(part) for layer, part in zip(layers, parts, strict=True))
+    assert reached == pytest.approx(trained.objective_after, rel=1e-5)
+    assert reached < trained.objective_before
+
+
+def test_an_objective_that_is_not_finite_names_its_layer(tmp_path: Path) -> None:
+    dense = open_layer(context_of(tiny_source(tmp_path, "llama"), 2), settings())
+    broken = copy.copy(dense)
+    object.__setattr__(broken, "objective", lambda R1, R2: torch.nan * (R1.sum() + R2.sum()))
+    with pytest.raises(RuntimeError, match="Layer 2: the objective is not finite"):
+        learn_rotation([broken], settings())
+
+
+@pytest.mark.parametrize(
+    ("pruner", "objective", "reads"),
+    [
+        ("magnitude", "entropy", set()),
+        ("magnitude", "pruning_error", set()),
+        ("wanda", "entropy", {"attention", "output", "mlp"}),
+        ("sparsegpt", "pruning_error", {"attention", "output", "mlp", "down"}),
+    ],
+)
+def test_only_the_moments_that_the_objective_reads_are_collected(
+    pruner: str, objective: str, reads: set[str], tmp_path: Path
+) -> None:
+    dense = open_layer(context_of(tiny_source(tmp_path, "llama")), settings(pruner, objective))
+    assert set(dense.hessians) == reads
+    loss, *gradients = with_gradients([dense.objective])(torch.eye(32), torch.eye(12).repeat(2, 1, 1))
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@by_pruner
+def test_the_importance_of_the_gate_is_that_of_its_rotated_weight(pruner: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    chosen = settings(pruner, "entropy")
+    context = context_of(source)
+    dense = open_layer(context, chosen)
+    rotation = Rotation.random(source.sizes, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
+    for at in (None, rotation):
+        R = torch.eye(32).double() if at is None else at.R1.double()
+        W = dense.weights[source.spec.gate].double() @ R
+        H = moments(context_of(source), source.spec.gate)
+        gain = source.layer(0).get_submodule(source.spec.mlp_norm).get_parameter("weight").double()
+        H = R.T @ (H / gain / gain[:, None]) @ R  # of the norm's output without its gain
+        damped = H + chosen.pruner.damping * H.diagonal().mean() * torch.eye(32)
+        energy = {
+            "magnitude": torch.ones(32).double(),
+            "wanda": H.diagonal(),
+            "sparsegpt": 1 / torch.linalg.inv(damped).diagonal(),
+        }[pruner]
+        found = importance_of_gate(dense, at, chosen)
+        torch.testing.assert_close(found.double(), W**2 * energy, rtol=2e-3, atol=1e-4)

@@ -1,0 +1,155 @@
+"""Second moments and activations against plain hooks in a full forward pass of transformers' model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import families, some_tokens, tiny_model, tiny_source
+from torch import Tensor
+
+from drotator.architecture import ModelSource, linear
+from drotator.rotation import Rotation, fold_norms, merge_rotation
+from drotator.statistics import ActivationStream, collect_hessians
+
+CPU = torch.device("cpu")
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+}
+MODELS = [(family, {}) for family in ("llama", "mistral", "qwen2", "qwen3")] + list(SLIDING.items())
+by_model = pytest.mark.parametrize(
+    ("family", "changes"), MODELS, ids=[f"{family}{'-sliding' if changes else ''}" for family, changes in MODELS]
+)
+
+
+@torch.no_grad()
+def moments_of_the_whole_model(model: Any, source: ModelSource, windows: Tensor) -> list[dict[str, Tensor]]:
+    """Gather every linear's inputs in one forward pass of the model, all windows at once: H in float64, by layer."""
+    gathered: dict[tuple[int, str], Tensor] = {}
+
+    def keep(index: int, inputs: str) -> Any:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            gathered[index, inputs] = args[0].flatten(0, 1).double()
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        for inputs, names in source.spec.inputs.items():
+            layer.get_submodule(names[-1]).register_forward_pre_hook(keep(index, inputs))
+    model(windows)
+    return [
+        {inputs: 2 / len(x) * x.T @ x for (at, inputs), x in gathered.items() if at == index}
+        for index in range(source.num_layers)
+    ]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype is torch.float32
+    assert found.shape == expected.shape
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@by_model
+def test_moments_and_hidden_states_are_those_of_the_whole_model(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family, **changes)
+    model, windows = tiny_model(family, **changes), some_tokens(5, 11)
+    expected = moments_of_the_whole_model(model, source, windows)
+    stream = ActivationStream.start(source, windows, 2, CPU)  # batches of 2, 2 and 1
+    for index in range(source.num_layers):
+        layer = source.layer(index)
+        found = collect_hessians(layer, source.spec, stream, index, tuple(source.spec.inputs))
+        assert found.keys() == set(source.spec.inputs)
+        for inputs, H in found.items():
+            assert H.shape == (source.sizes.input_size(inputs),) * 2
+            assert_close(H, expected[index][inputs])
+        stream.advance(layer, index, None)
+    with torch.no_grad():
+        logits = model.lm_head(model.model.norm(torch.cat(stream.hidden)))
+        torch.testing.assert_close(logits, model(windows).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "changes"), SLIDING.items(), ids=list(SLIDING))
+def test_a_sliding_window_changes_the_moments(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for name, settings in (("full", {}), ("sliding", changes)):
+        source = tiny_source(tmp_path / name, family, **settings)
+        stream = ActivationStream.start(source, some_tokens(2, 11), 2, CPU)
+        last = source.num_layers - 1
+        found.append(collect_hessians(source.layer(last), source.spec, stream, last, ("output",))["output"])
+    assert (found[0] - found[1]).norm() > 1e-2 * found[0].norm()
+
+
+@families
+def test_a_layer_in_another_basis_has_the_same_moments_in_that_basis(family: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family)
+    rotation = Rotation.random(source.sizes, torch.Generator().manual_seed(0))
+    layer, folded = source.layer(1), source.layer(1)
+    weights = fold_norms(folded, source.spec)
+    merged = copy.deepcopy(folded)
+    merge_rotation(merged, source.spec, source.sizes, rotation, weights)
+    dense_stream = ActivationStream.start(source, some_tokens(3), 2, CPU)
+    stream = ActivationStream.start(source, some_tokens(3), 2, CPU)
+    wanted = tuple(source.spec.inputs)
+    dense = collect_hessians(folded, source.spec, dense_stream, 1, wanted)
+    found = collect_hessians(merged, source.spec, stream, 1, wanted, rotation.R1)
+    R_output = torch.block_diag(*(R for R in rotation.R2 for _ in range(2)))
+    bases = {"attention": rotation.R1, "output": R_output, "mlp": rotation.R1, "down": torch.eye(48).double()}
+    for inputs, R in bases.items():
+        assert_close(found[inputs], R.T @ dense[inputs].double() @ R)
+    dense_stream.advance(layer, 1, None)
+    stream.advance(merged, 1, rotation.R1)
+    torch.testing.assert_close(stream.hidden, dense_stream.hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_wanted_is_collected_and_the_pass_ends_there(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    layer = source.layer(0)
+    calls: list[str] = []
+    for name in source.spec.linears:
+        linear(layer, name).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    stream = ActivationStream.start(source, some_tokens(), 2, CPU)
+    everything = collect_hessians(layer, source.spec, stream, 0, tuple(source.spec.inputs))
+    calls.clear()
+    found = collect_hessians(layer, source.spec, stream, 0, ("output", "attention"))
+    assert found.keys() == {"attention", "output"}
+    assert source.spec.gate not in calls
+    assert all(torch.equal(H, everything[inputs]) for inputs, H in found.items())
+    calls.clear()
+    stream.advance(layer, 0, None)  # no hook of the collection is left behind
+    assert len(calls) == len(source.spec.linears)
+
+
+def test_moments_are_float32_sums_of_a_bfloat16_layers_inputs(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama", torch.bfloat16)
+    stream = ActivationStream.start(source, some_tokens(3), 2, CPU)
+    assert stream.hidden[0].dtype is torch.bfloat16
+    layer = source.layer(0)
+    H = collect_hessians(layer, source.spec, stream, 0, ("attention",))["attention"]
+    with torch.no_grad():
+        x = layer.get_submodule(source.spec.attention_norm)(torch.cat(stream.hidden)).flatten(0, 1).double()
+    assert_close(H, 2 / len(x) * x.T @ x)
+
+
+def test_an_output_that_is_not_finite_names_its_layer(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    layer = source.layer(1)
+    linear(layer, source.spec.down).weight[0, 0] = torch.inf
+    with pytest.raises(RuntimeError, match="Layer 1: its output is not finite"):
+        ActivationStream.start(source, some_tokens(), 2, CPU).advance(layer, 1, None)
+
+
+def test_moments_that_are_not_finite_name_their_layer_and_inputs(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    layer = source.layer(2)
+    linear(layer, source.spec.up).weight[0, 0] = torch.nan
+    stream = ActivationStream.start(source, some_tokens(), 2, CPU)
+    collect_hessians(layer, source.spec, stream, 2, ("mlp",))
+    with pytest.raises(RuntimeError, match=r"Layer 2: .*inputs of down are not finite"):
+        collect_hessians(layer, source.spec, stream, 2, ("mlp", "down"))

@@ -1,0 +1,146 @@
+"""The training loop keeps the best rotation and says what went wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from drotator.architecture import LayerSizes
+from drotator.config import OptimizerConfig
+from drotator.objectives import ObjectiveWithGradients, with_gradients
+from drotator.optimizers import OPTIMIZERS
+from drotator.rotation import Rotation
+from drotator.training import ORTHOGONALITY_LIMIT, train_rotation, watch
+
+SIZES = LayerSizes(hidden_size=12, intermediate_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+START = Rotation.identity(SIZES)
+LEARNING_RATES = {"adam_qr": 0.01, "riemannian_adam": 0.002, "spectral": 0.1}
+
+by_name = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def distance_to(target: Rotation, *, nan_away_from_start: bool = False) -> ObjectiveWithGradients:
+    """Squared distance of both rotations to the target's; optionally NaN anywhere but at the identity."""
+
+    def objective(R1: Tensor, R2: Tensor) -> Tensor:
+        distance = (R1 - target.R1).square().sum() + (R2 - target.R2).square().sum()
+        is_away = (R1 - torch.eye(len(R1))).abs().max() > 1e-6
+        return distance * torch.where(is_away & nan_away_from_start, torch.nan, 1.0)
+
+    return with_gradients([objective])
+
+
+def far_target() -> Rotation:
+    return Rotation.random(SIZES, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
+
+
+def settings(name: str = "riemannian_adam", **changes: float) -> OptimizerConfig:
+    arguments = {"steps": 60, "learning_rate": LEARNING_RATES[name]} | changes
+    return OptimizerConfig(name=name, **arguments)  # type: ignore[arg-type]
+
+
+@by_name
+def test_the_history_holds_the_objective_before_every_step_and_after_the_last(name: str) -> None:
+    trained = train_rotation(distance_to(far_target()), START, settings(name))
+    assert len(trained.history) == 61
+    assert trained.history[0] == trained.objective_before
+    assert trained.objective_before == pytest.approx(float(distance_to(far_target())(START.R1, START.R2)[0]))
+    assert trained.objective_after < 0.9 * trained.objective_before
+    assert trained.warnings == []
+
+
+@by_name
+def test_the_best_iterate_is_kept_and_not_the_last(name: str) -> None:
+    planes = [torch.randn(R.shape, generator=torch.Generator().manual_seed(1)) for R in (START.R1, START.R2)]
+    on_the_way, target = (
+        Rotation(*(torch.linalg.matrix_exp(angle * (plane - plane.mT)) for plane in planes)) for angle in (0.05, 0.1)
+    )
+
+    def objective(R1: Tensor, R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients lead to the target; the loss is least on the way to it."""
+        return distance_to(on_the_way)(R1, R2)[0], *distance_to(target)(R1, R2)[1:]
+
+    trained = train_rotation(objective, START, settings(name))
+    assert trained.objective_after < 0.5 * trained.history[-1]
+    assert trained.objective_after == pytest.approx(min(trained.history), rel=1e-6)
+    found = float(objective(trained.rotation.R1, trained.rotation.R2)[0])
+    assert found == pytest.approx(trained.objective_after, rel=1e-5)
+    assert trained.rotation.R1.dtype is trained.rotation.R2.dtype is torch.float32
+    assert trained.orthogonality == trained.rotation.orthogonality() < ORTHOGONALITY_LIMIT
+
+
+@by_name
+def test_no_steps_give_the_start_and_its_objective(name: str) -> None:
+    trained = train_rotation(distance_to(far_target()), START, settings(name, steps=0))
+    assert torch.equal(trained.rotation.R1, START.R1)
+    assert torch.equal(trained.rotation.R2, START.R2)
+    assert trained.history == [trained.objective_before] == [trained.objective_after]
+    assert trained.orthogonality == 0
+    assert trained.warnings == []
+
+
+@by_name
+def test_training_twice_gives_the_same_bits_and_leaves_the_start_alone(name: str) -> None:
+    start = Rotation.random(SIZES, torch.Generator().manual_seed(5)).to(dtype=torch.float32)
+    before = Rotation(start.R1.clone(), start.R2.clone())
+    first, second = (train_rotation(distance_to(far_target()), start, settings(name)) for _ in range(2))
+    assert first.history == second.history
+    assert torch.equal(first.rotation.R1, second.rotation.R1)
+    assert torch.equal(start.R1, before.R1)
+    assert torch.equal(start.R2, before.R2)
+
+
+def test_several_layers_share_r1_and_train_each_its_own_r2() -> None:
+    targets = [Rotation.random(SIZES, torch.Generator().manual_seed(seed)).to(dtype=torch.float32) for seed in (0, 1)]
+    near = [torch.linalg.matrix_exp(0.1 * (t.R2 - t.R2.mT)) for t in targets]
+    objectives = [lambda R1, R2, target=target: (R2 - target).square().sum() + 0 * R1.sum() for target in near]
+    start = Rotation(START.R1, START.R2.repeat(2, 1, 1))
+    trained = train_rotation(with_gradients(objectives), start, settings(steps=200))
+    assert trained.rotation.R2.shape == (4, 4, 4)
+    torch.testing.assert_close(trained.rotation.R2, torch.cat(near), rtol=0, atol=5e-3)
+    torch.testing.assert_close(trained.rotation.R1, START.R1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@by_name
+def test_an_objective_that_is_not_finite_at_the_start_is_an_error(name: str, value: float) -> None:
+    broken = with_gradients([lambda R1, R2: value * (R1.sum() + R2.sum())])
+    with pytest.raises(RuntimeError, match=f"not finite before the first step.*{value}"):
+        train_rotation(broken, START, settings(name))
+
+
+def test_values_that_become_not_finite_leave_the_last_good_rotation_and_a_warning() -> None:
+    trained = train_rotation(distance_to(far_target(), nan_away_from_start=True), START, settings(steps=5))
+    assert torch.equal(trained.rotation.R1, START.R1)
+    assert torch.equal(trained.rotation.R2, START.R2)
+    assert trained.objective_after == trained.objective_before
+    assert any("not finite at some step" in warning for warning in trained.warnings)
+
+
+def test_an_objective_that_cannot_fall_is_warned_of() -> None:
+    trained = train_rotation(distance_to(START), START, settings(steps=5))
+    assert [warning for warning in trained.warnings if "did not fall (0 -> 0)" in warning] == trained.warnings
+    assert len(trained.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "orthogonality", "history", "words"),
+    [
+        (2.0, 1.0, 1e-6, [2.0, 1.0], []),
+        (2.0, 2.0, 0.0, [2.0], []),
+        (2.0, 1.0, 5e-3, [2.0, 1.0], ["reached 0.005, above 0.001"]),
+        (2.0, 1.0, math.nan, [2.0, 1.0], ["reached nan"]),
+        (2.0, 2.0, 0.0, [2.0, 2.5], ["did not fall (2 -> 2)"]),
+        (2.0, 1.0, 0.0, [2.0, math.nan, 1.0], ["not finite at some step"]),
+        (2.0, 2.0, 1.0, [2.0, math.inf], ["reached 1,", "did not fall", "not finite at some step"]),
+    ],
+)
+def test_each_thing_that_looks_wrong_is_said_once(
+    before: float, after: float, orthogonality: float, history: list[float], words: list[str]
+) -> None:
+    found = watch(before, after, orthogonality, history)
+    assert len(found) == len(words)
+    assert all(part in warning for part, warning in zip(words, found, strict=True))

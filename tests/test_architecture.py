@@ -195,8 +195,11 @@ def test_the_head_is_the_embedding_where_they_are_tied(family: str, tied: bool, 
 
 
 @families
-def test_the_skeleton_holds_no_weights_and_embedding_leaves_it_so(family: str, tmp_path: Path) -> None:
+def test_the_skeleton_holds_no_weights_also_after_a_layer_and_the_embeddings_were_read(
+    family: str, tmp_path: Path
+) -> None:
     source = tiny_source(tmp_path, family)
+    source.layer(0)
     hidden, calls = embed(source, some_tokens(3), 2, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
     assert torch.equal(torch.cat(hidden), source.tensor("model.embed_tokens.weight")[some_tokens(3)])

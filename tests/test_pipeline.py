@@ -132,7 +132,7 @@ def test_report_json_is_the_contract(runs, name):
     assert (report["rotation"], report["objective"], report["optimizer"]) == (
         rotation,
         "pruning_error",
-        "riemannian_adam",
+        "spectral",
     )
     assert report["seed"] == 0
     assert report["metrics"].keys() == {"dense", "pruned"}

@@ -20,8 +20,8 @@ from drotator.config import CheckConfig, EvalConfig, PruneConfig, PrunerConfig, 
 from drotator.console import console
 from drotator.export import export_checkpoint
 from drotator.fetch import load_tokenizer, resolve_model
-from drotator.pipeline import Job, prune_layers
-from drotator.resources import choose_device
+from drotator.pipeline import Job, missing_bytes, prune_layers
+from drotator.resources import check_disk_space, choose_device
 from drotator.results import LayerResult
 from drotator.rotation import Rotation, fold_norms, merge_rotation
 from drotator.training import TrainedRotation
@@ -75,6 +75,7 @@ def run_check(settings: CheckConfig, run_dir: Path) -> float:
         for name, rotate in (("random", rotate_randomly), ("learned", rotate_as_learned)):
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=f".{name}-") as temporary:
                 run = RunFolder.open(Path(temporary), describe(settings))
+                check_disk_space(run.path, missing_bytes(run, source, "per_layer"))
                 rotate(settings, job, run)
                 export_checkpoint("per_layer", run, source, {})
                 merged = logits(run.checkpoint, windows, dtype, device)

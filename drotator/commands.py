@@ -8,7 +8,7 @@ from pathlib import Path
 
 from drotator import evaluation
 from drotator.artifacts import versions, write_text
-from drotator.checkpoint import load_checkpoint, read_metadata
+from drotator.checkpoint import read_metadata
 from drotator.config import EvalCommandConfig
 from drotator.console import console
 from drotator.fetch import load_tokenizer, resolve_model
@@ -30,8 +30,9 @@ def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
     folder = resolve_model(settings.model.path, settings.model.revision)
     tokenizer = load_tokenizer(folder)
     evaluation.prepare(settings.eval, tokenizer)
-    model = load_checkpoint(folder, dtype=settings.model.dtype, device=device)
-    metrics = evaluation.evaluate(model, tokenizer, settings.eval, seed=settings.seed)
+    metrics = evaluation.evaluate_checkpoint(
+        folder, tokenizer, settings.eval, seed=settings.seed, device=device, dtype=settings.model.dtype
+    )
     record = {
         "path": str(folder),
         "checkpoint": read_metadata(folder),

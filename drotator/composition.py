@@ -283,10 +283,15 @@ def _like_its_run(overrides: list[Override]) -> list[str]:
     if written is None or not written.is_file():
         return []
     try:
-        name = OmegaConf.select(OmegaConf.load(written), "eval.name")
-    except (OmegaConfBaseException, ValueError, AttributeError):
+        run: Any = OmegaConf.to_container(OmegaConf.load(written))
+        settings = dict(run["eval"])
+        name = settings.pop("name")
+    except (OmegaConfBaseException, ValueError, AttributeError, KeyError, TypeError):
         return []
-    return [f"eval={name}"] if name in group_options("eval") and name != "none" else []
+    if name not in group_options("eval") or name == "none":
+        return []
+    same = {f"eval.{key}": value for key, value in settings.items() if f"eval.{key}" not in given}
+    return [f"eval={name}", *(f"{key}={str(value).replace(chr(39), '')}" for key, value in same.items())]
 
 
 def _folder_to_resume(resume: str, is_sweep: bool) -> Path:

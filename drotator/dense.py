@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from drotator import evaluation
 from drotator.architecture import ModelSource
 from drotator.artifacts import versions, write_text
-from drotator.checkpoint import load_checkpoint
 from drotator.config import EvalConfig, describe
 from drotator.fetch import cache_dir
 from drotator.results import Metrics
@@ -38,8 +37,10 @@ def dense_metrics(
         if (known := _read(cached)) is not None:
             logger.info("dense metrics: measured before (%s)", cached)
             return known
-        model = load_checkpoint(source.folder, dtype=str(source.dtype).removeprefix("torch."), device=device)
-        metrics = evaluation.evaluate(model, tokenizer, settings, seed=seed)
+        dtype = str(source.dtype).removeprefix("torch.")
+        metrics = evaluation.evaluate_checkpoint(
+            source.folder, tokenizer, settings, seed=seed, device=device, dtype=dtype
+        )
         write_text(cached, json.dumps(metrics))
     return metrics
 

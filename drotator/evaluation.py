@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drotator.checkpoint import load_checkpoint
 from drotator.config import EvalConfig
 from drotator.console import progress
 from drotator.fetch import embedded_data, hub_error
@@ -65,6 +66,21 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
             metrics |= zero_shot(model, tokenizer, settings, seed)
             log.info("zero-shot accuracy: %.2f%% (mean of %d tasks)", metrics["zero_shot_mean"], len(settings.tasks))
     return metrics
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvalConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: str = "auto",
+) -> Metrics:
+    """Load a checkpoint and measure it; if nothing is asked for, it is not loaded."""
+    if not settings.perplexity and not settings.tasks:
+        return {}
+    return evaluate(load_checkpoint(folder, dtype=dtype, device=device), tokenizer, settings, seed=seed)
 
 
 @contextmanager

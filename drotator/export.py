@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -12,9 +13,12 @@ from drotator.artifacts import RunFolder
 from drotator.checkpoint import write_checkpoint
 from drotator.rotation import boundary_weight
 
+logger = logging.getLogger(__name__)
+
 
 def export_checkpoint(rotation: str, run: RunFolder, source: ModelSource, metadata: dict[str, object]) -> None:
     """Write run/checkpoint. A plain model of its family, unless `rotation` is per_layer: then with boundaries."""
+    logger.info("writing %s", run.checkpoint)
     write_checkpoint(
         run.checkpoint,
         model_folder=source.folder,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from drotator import calibration, evaluation
 from drotator.architecture import LAYERS, ModelSource, linear
 from drotator.artifacts import RunFolder, versions
-from drotator.checkpoint import load_checkpoint, update_metadata
+from drotator.checkpoint import update_metadata
 from drotator.config import PruneConfig, describe
 from drotator.console import progress
 from drotator.dense import dense_metrics
@@ -140,9 +140,9 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
     with watch.measure("load"):
         export_checkpoint(settings.rotation.name, run, job.source, dict(names))
     with watch.measure("evaluate"):
-        model = load_checkpoint(run.checkpoint, device=job.device)
-        pruned = evaluation.evaluate(model, job.tokenizer, settings.eval, seed=settings.seed)
-        del model
+        pruned = evaluation.evaluate_checkpoint(
+            run.checkpoint, job.tokenizer, settings.eval, seed=settings.seed, device=job.device
+        )
         update_metadata(run.checkpoint, {"metrics": {"dense": job.dense, "pruned": pruned}})
     seconds = dict.fromkeys(STAGES, 0.0)
     for part in (job.seconds, watch.seconds, *(result.seconds for result in results)):
@@ -198,7 +198,8 @@ def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerR
         run.write_metrics({"event": "layer", **asdict(done)} for done in results)
         return R1, layer_note(result)
 
-    walk_layers(job, settings.calibration.batch_size, visit, f"{settings.rotation.name} rotation, layer by layer")
+    what = "pruning" if settings.rotation.name == "none" else "rotating and pruning"
+    walk_layers(job, settings.calibration.batch_size, visit, f"{what} layers")
     return results
 
 

@@ -6,7 +6,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Few steps for two cores; the full training is one word away: scripts/quickstart.sh optimizer.steps=200
-settings=(optimizer.steps=25)
+settings=(optimizer.steps=20)
 
 "$root/scripts/install.sh"
 exec "${DROTATOR_VENV:-$root/.venv}/bin/drotator" prune ${settings[@]+"${settings[@]}"} "$@"

@@ -72,7 +72,7 @@ def test_the_dtype_asked_for_is_the_one_checked(make_settings, tmp_path):
 
 def test_a_wrong_merge_is_told_and_written_down(make_settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rotation, "rotate_output_columns", lambda W, R2, queries_per_group: W)
-    with pytest.raises(RuntimeError, match="merging random rotations changes the logits by .* Do not prune"):
+    with pytest.raises(RuntimeError, match=r"merging random rotations changes the logits by .* Do not prune"):
         run_check(make_settings(), tmp_path / "run")
     assert "TOO LARGE" in capsys.readouterr().out
     assert read(tmp_path / "run")[0]["relative"] > 0.01

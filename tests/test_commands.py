@@ -6,7 +6,7 @@ import math
 import pytest
 from tiny_runs import make_inputs, report_of, settings
 
-from drotator import commands
+from drotator import evaluation
 from drotator.commands import run_eval
 from drotator.config import EvalCommandConfig, ModelConfig
 from drotator.pipeline import run_prune
@@ -58,6 +58,6 @@ def test_a_sweep_minimises_minus_the_mean_accuracy_where_no_perplexity_is_measur
 
 
 def test_missing_data_is_known_before_the_model_is_loaded(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "load_checkpoint", None)
-    with pytest.raises(ValueError, match="Lower eval.seqlen"):
+    monkeypatch.setattr(evaluation, "load_checkpoint", None)
+    with pytest.raises(ValueError, match=r"Lower eval\.seqlen"):
         evaluate(inputs / "model", tmp_path, settings(inputs, evaluation={"seqlen": 10**6}))

@@ -102,11 +102,11 @@ def test_a_damaged_entry_is_measured_again(source, measured, tmp_path):
 
 
 def test_what_cannot_be_measured_is_known_before_the_model_is_loaded(source, monkeypatch):
-    monkeypatch.setattr(dense, "load_checkpoint", None)
-    with pytest.raises(ValueError, match="Lower eval.seqlen"):
+    monkeypatch.setattr(evaluation, "load_checkpoint", None)
+    with pytest.raises(ValueError, match=r"Lower eval\.seqlen"):
         dense_metrics(source, byte_tokenizer(), replace(SETTINGS, seqlen=10**6), seed=0, device=CPU)
 
 
 def test_no_model_is_loaded_where_nothing_is_measured(source, monkeypatch):
-    monkeypatch.setattr(dense, "load_checkpoint", None)
+    monkeypatch.setattr(evaluation, "load_checkpoint", None)
     assert dense_metrics(source, byte_tokenizer(), replace(SETTINGS, perplexity=[]), seed=0, device=CPU) == {}

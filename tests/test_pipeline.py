@@ -132,7 +132,7 @@ def test_report_json_is_the_contract(runs, name):
     assert (report["rotation"], report["objective"], report["optimizer"]) == (
         rotation,
         "pruning_error",
-        "spectral",
+        "riemannian_adam",
     )
     assert report["seed"] == 0
     assert report["metrics"].keys() == {"dense", "pruned"}
@@ -363,5 +363,7 @@ def test_following_the_advice_on_a_damaged_layer_finishes_the_run(inputs, runs, 
 def test_a_lost_rotation_of_a_finished_layer_is_named(inputs, tmp_path, monkeypatch):
     stopped_run(inputs, tmp_path / "run", monkeypatch)
     (tmp_path / "run" / "rotations" / "001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"rotations/001\.safetensors is missing: delete 001\.safetensors in layers and in rotations"):
+    with pytest.raises(
+        ValueError, match=r"rotations/001\.safetensors is missing: delete 001\.safetensors in layers and in rotations"
+    ):
         run_prune(settings(inputs, resume=str(tmp_path / "run")), tmp_path, baseline=False)

@@ -41,7 +41,8 @@ def prune(name: str, W: Tensor, H: Tensor, sparsity: SparsityConfig, **settings:
 
 def smallest(scores: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
     """Name the places of the smallest scores; of equal ones the later are taken."""
-    return sorted(reversed(scores), key=lambda place: scores[place])[:count]
+    later_first = list(scores)[::-1]
+    return sorted(later_first, key=lambda place: scores[place])[:count]
 
 
 def obs_reference(W: Tensor, H: Tensor, sparsity: SparsityConfig, damping: float, block: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused(name: str) -> None:
 
 def test_validate_names_the_linear_and_says_what_to_do() -> None:
     name = "model.layers.0.mlp.down_proj"
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="divisible") as error:
         validate(SparsityConfig(keep=2, group=4), 18, name)
     assert str(error.value) == (
         "sparsity=2of4 needs d_in divisible by 4, but model.layers.0.mlp.down_proj has d_in=18. "

@@ -39,6 +39,8 @@ WORDS = [
     "eval.tasks=[]",
     "eval.seqlen=32",
     "eval.windows=4",
+    "objective=pruning_error",
+    "optimizer=riemannian_adam",
     "optimizer.steps=5",
 ]
 """The words of `settings` on a command line, but for paths, pruner and rotation."""
@@ -72,8 +74,8 @@ def settings(
         pruner=PrunerConfig(name=pruner),
         sparsity=SparsityConfig(**(sparsity or {"ratio": 0.0, "keep": 2, "group": 4})),
         rotation=RotationConfig(name=rotation),
-        objective=ObjectiveConfig(),
-        optimizer=OptimizerConfig(steps=steps),
+        objective=ObjectiveConfig(name="pruning_error"),
+        optimizer=OptimizerConfig(name="riemannian_adam", steps=steps, learning_rate=0.01),
         calibration=CalibrationConfig(
             dataset="local", path=str(inputs / "text.txt"), num_samples=3, seqlen=32, batch_size=2
         ),
@@ -88,25 +90,21 @@ def words_of(inputs: Path, *more: str) -> list[str]:
 
 def process_environment(**more: str) -> dict[str, str]:
     """For a process that finds drotator and these modules, and computes with one thread, as the tests do."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HYDRA_"))}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **more}
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **more}
 
 
-def drotator(
-    *words: str, cwd: Path, before: str = "", check: bool = False, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `python -m drotator WORDS` in a process of its own. before: Python lines that run ahead of it."""
-    command = [sys.executable, "-m", "drotator", *words]
-    if before:
-        command[1:3] = ["-c", f"{before}\nimport sys\nfrom drotator.cli import main\nsys.exit(main())"]
+def drotator(*words: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m drotator WORDS` in a process of its own."""
     return subprocess.run(
-        command,
+        [sys.executable, "-m", "drotator", *words],
         env=process_environment(**environment),
         capture_output=True,
         text=True,
         cwd=cwd,
-        check=check,
-        timeout=300,
+        check=False,
+        timeout=timeout,
     )
 
 

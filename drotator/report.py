@@ -25,6 +25,7 @@ from drotator.summary import (
     mismatches,
     percent,
     place_in,
+    sampling_error,
     warnings_of,
     what_it_buys,
 )
@@ -193,8 +194,9 @@ def _markdown(report: RunReport, baseline: RunReport | None, plots: Sequence[str
     if rows and baseline is not None:
         parts.append(
             "Gap closed: (plain - rotated) / (plain - dense), in percent; - where plain pruning moves the dense value "
-            "by less than 1%."
+            "by less than 1%, and for single tasks."
         )
+    parts += sampling_error(report)
     runs = {column_name(report): report} if baseline is None else {"rotated": report, "plain": baseline}
     parts += ["## What the sparsity buys", markdown_list(what_it_buys(report))]
     parts += ["## Layers", _layers_in_words(report), markdown_table(*_linears(runs))]

@@ -85,7 +85,8 @@ def print_summary(report: RunReport, baseline: RunReport | None = None) -> None:
         console().print(summary_table(columns))
     else:
         say("Nothing was evaluated (eval=none).")
-    say(what_it_buys(report)[0])
+    for line in (what_it_buys(report)[0], *sampling_error(report)):
+        say(line)
     memory = ", ".join(f"{place} {gib(size)}" for place, size in report.peak_memory_bytes.items() if size)
     say(f"Time {duration(report.seconds.get('total'))}; peak memory {memory or 'not measured'}.")
     warnings = mismatches(report, baseline) + warnings_of(report)
@@ -137,7 +138,9 @@ def metric_rows(columns: Mapping[str, Metrics]) -> list[MetricRow]:
         values = {name: metrics[key] for name, metrics in columns.items() if key in metrics}
         pruned = [value for name, value in values.items() if name != "dense" and math.isfinite(value)]
         best = (min if is_perplexity else max)(pruned) if len(set(pruned)) > 1 else None
-        compared = [values.get(name, math.nan) for name in ("dense", "plain", "rotated")]
+        # The gap in the accuracy of a single task is of the size of its sampling error.
+        has_gap = is_perplexity or key == "zero_shot_mean"
+        compared = [values.get(name, math.nan) if has_gap else math.nan for name in ("dense", "plain", "rotated")]
         rows[label] = MetricRow(
             label=label,
             is_perplexity=is_perplexity,
@@ -197,6 +200,14 @@ def what_it_buys(report: RunReport) -> list[str]:
             "space; rotation=shared leaves none."
         )
     return facts
+
+
+def sampling_error(report: RunReport) -> list[str]:
+    """Say how far accuracies of a part of the questions can be trusted; the worst case, an accuracy of 50%."""
+    limit = report.provenance.get("tasks_limit")
+    if not isinstance(limit, int) or limit <= 0 or "zero_shot_mean" not in report.metrics.get("pruned", {}):
+        return []
+    return [f"Accuracies are of {limit} questions a task, with a standard error of {50 / math.sqrt(limit):.0f} points."]
 
 
 def warnings_of(report: RunReport) -> list[str]:

@@ -20,7 +20,7 @@ from drotator.comparison import report_command
 from drotator.console import console
 from drotator.report import load_report, write_report
 from drotator.results import LayerResult, LinearResult, Metrics, RunReport
-from drotator.summary import gap_closed, print_summary, summary_table
+from drotator.summary import gap_closed, print_summary, sampling_error, summary_table
 
 DENSE = {
     "wikitext2": 21.6, "c4": 24.83, "piqa": 67.08, "piqa_acc": 66.1, "winogrande": 52.4, "winogrande_acc": 52.4,
@@ -182,8 +182,9 @@ def test_the_summary_fits_eighty_columns_and_stars_the_best_pruned_value() -> No
     cells = {line[:32].strip(): line[32:].split() for line in lines}
     assert cells["WikiText-2"] == ["21.60", "99.50", "*", "59.50", "51.3%"]
     assert cells["C4"][:3] == ["24.83", "3.10e+06", "*"]
-    assert cells["PIQA acc_norm"] == ["67.08", "58.00", "*", "61.00", "33.0%"]
-    assert cells["PIQA acc"] == ["66.10", "57.00", "*", "60.00", "33.0%"]
+    assert cells["PIQA acc_norm"] == ["67.08", "58.00", "*", "61.00", "-"]  # of a single task, noise
+    assert cells["PIQA acc"] == ["66.10", "57.00", "*", "60.00", "-"]
+    assert cells["zero-shot mean"][-1].endswith("%")
     assert cells["WinoGrande acc"] == ["52.40", "52.40", "52.40", "-"]
     labels = list(cells)
     assert labels.index("perplexity, lower is better") < labels.index("C4") < labels.index("PIQA acc_norm")
@@ -398,3 +399,12 @@ def test_what_cannot_be_compared_is_refused_in_one_line(sweep: Path, tmp_path: P
         report_command([sweep], Path("table.txt"))
     with pytest.raises(ValueError, match=r"report.json is damaged"):
         report_command([sweep / "multirun" / "2026-11-22" / "10-00-00" / "3"], None)
+
+
+def test_accuracies_of_a_part_of_the_questions_come_with_their_error() -> None:
+    partial, whole = make_report(), make_report()
+    partial.provenance["tasks_limit"] = 20
+    whole.provenance["tasks_limit"] = 0
+    partial.metrics["pruned"]["zero_shot_mean"] = whole.metrics["pruned"]["zero_shot_mean"] = 50.0
+    assert sampling_error(whole) == []
+    assert sampling_error(partial) == ["Accuracies are of 20 questions a task, with a standard error of 11 points."]

@@ -153,6 +153,11 @@ class ModelSource:
         return int(self.config.num_hidden_layers)
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype as settings name it: float32, bfloat16, float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def is_tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
 

@@ -16,6 +16,7 @@ from drotator.architecture import ModelSource
 from drotator.artifacts import versions, write_text
 from drotator.config import EvalConfig, describe
 from drotator.fetch import cache_dir
+from drotator.resources import device_name
 from drotator.results import Metrics
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,8 @@ def dense_metrics(
         if (known := _read(cached)) is not None:
             logger.info("dense metrics: measured before (%s)", cached)
             return known
-        dtype = str(source.dtype).removeprefix("torch.")
         metrics = evaluation.evaluate_checkpoint(
-            source.folder, tokenizer, settings, seed=seed, device=device, dtype=dtype
+            source.folder, tokenizer, settings, seed=seed, device=device, dtype=source.dtype_name
         )
         write_text(cached, json.dumps(metrics))
     return metrics
@@ -58,14 +58,13 @@ def _key(
 ) -> str:
     stats = {path: path.stat() for path in sorted(set(source.files.values()))}
     found = versions()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     parts = {
         "files": [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()],
         "eval": describe(settings),
         "provenance": evaluation.provenance(settings, tokenizer),
         "seed": seed,
         "dtype": str(source.dtype),
-        "device": where,
+        "device": device_name(device),
         "versions": {package: found.get(package) for package in DECISIVE_PACKAGES},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

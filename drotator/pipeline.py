@@ -39,7 +39,14 @@ from drotator.pruning import (
     prune_linears,
 )
 from drotator.report import load_report, write_report
-from drotator.resources import Stopwatch, check_disk_space, choose_device, peak_memory, reset_peak_memory
+from drotator.resources import (
+    Stopwatch,
+    check_disk_space,
+    choose_device,
+    device_name,
+    peak_memory,
+    reset_peak_memory,
+)
 from drotator.results import LayerResult, Metrics, RunReport, first_value
 from drotator.rotation import Rotation, fold_norms
 from drotator.statistics import ActivationStream
@@ -163,7 +170,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
             "steps": settings.optimizer.steps,
             "learning_rate": settings.optimizer.learning_rate,
             "device": device_name(job.device),
-            "dtype": str(job.source.dtype).removeprefix("torch."),
+            "dtype": job.source.dtype_name,
         },
     )
     columns = {"dense": job.dense, **({"plain": plain.metrics["pruned"]} if plain else {})}
@@ -314,7 +321,3 @@ def realised_sparsity(source: ModelSource, results: list[LayerResult]) -> float:
 
 def largest(records: list[dict[str, int]]) -> dict[str, int]:
     return {name: max(record[name] for record in records) for name in records[0]}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

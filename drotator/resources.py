@@ -29,6 +29,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What the device is called: the GPU's product name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
     """Raises: ValueError if the disk of `folder` has less room than needed."""
     free = shutil.disk_usage(folder).free

@@ -4,20 +4,12 @@ import json
 import math
 
 import pytest
-from tiny_runs import make_inputs, report_of, settings
+from tiny_runs import report_of, settings
 
 from drotator import evaluation
 from drotator.commands import run_eval
 from drotator.config import EvalCommandConfig, ModelConfig
 from drotator.pipeline import run_prune
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DROTATOR_CACHE", str(folder / "cache"))
-        yield make_inputs(folder)
 
 
 def evaluate(folder, run_dir, like):

@@ -27,15 +27,6 @@ from drotator.pipeline import Job
 HUB = ROOT.parent / "shared" / "hub"
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """Folder with a tiny model and a text; never changed."""
-    folder = tmp_path_factory.mktemp("inputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DROTATOR_CACHE", str(folder / "cache"))
-        yield make_inputs(folder)
-
-
 def model_without_config(inputs: Path, tmp_path: Path) -> str:
     (tmp_path / "empty").mkdir()
     return f"model.path={tmp_path / 'empty'}"
@@ -87,21 +78,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_cannot_work_ends_in_one_line_with_exit_code_2(given, tmp_path, monkeypatch, capfd, bad):
+def test_what_cannot_work_ends_in_one_line_with_exit_code_2(inputs, tmp_path, monkeypatch, capfd, bad):
     word, said = BAD[bad]
-    word = word if isinstance(word, str) else word(given, tmp_path)
+    word = word if isinstance(word, str) else word(inputs, tmp_path)
     monkeypatch.chdir(tmp_path)
-    words = [f"hydra.run.dir={tmp_path / 'run'}", *words_of(given)[1:]]
+    words = [f"hydra.run.dir={tmp_path / 'run'}", *words_of(inputs)[1:]]
     words = [other for other in words if other.partition("=")[0] != word.partition("=")[0]]
     assert cli.main(["prune", *words, word]) == 2
     refused_in_one_line(capfd.readouterr().err, said)
     assert_nothing_looks_finished(tmp_path)
 
 
-def test_a_disk_that_is_too_small_is_known_before_the_work(given, tmp_path, monkeypatch, capfd):
+def test_a_disk_that_is_too_small_is_known_before_the_work(inputs, tmp_path, monkeypatch, capfd):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10_000))
-    assert cli.main([*words_of(given), f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    assert cli.main([*words_of(inputs), f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     refused_in_one_line(capfd.readouterr().err, [str(tmp_path / "run"), "GB free"])
     assert_nothing_looks_finished(tmp_path)
     assert not list((tmp_path / "run" / "layers").iterdir())
@@ -122,9 +113,9 @@ def test_weights_that_are_not_finite_end_in_one_line_that_names_the_layer(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_says_the_same(given, tmp_path):
-    word = model_of_another_family(given, tmp_path)
-    words = [other for other in words_of(given) if not other.startswith("model.path=")]
+def test_a_process_of_its_own_says_the_same(inputs, tmp_path):
+    word = model_of_another_family(inputs, tmp_path)
+    words = [other for other in words_of(inputs) if not other.startswith("model.path=")]
     refused = drotator(*words, word, cwd=tmp_path)
     assert refused.returncode == 2
     refused_in_one_line(refused.stderr, ["gpt2", "subtracts the mean"])

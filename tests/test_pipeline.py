@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import (
     TOKENS,
     drotator,
-    make_inputs,
     process_environment,
     report_of,
     settings,
@@ -49,15 +48,6 @@ KEYS = {
     *("model", "pruner", "sparsity", "rotation", "objective", "optimizer", "seed", "metrics", "sparsity_realised"),
     *("layers", "seconds", "peak_memory_bytes", "versions", "provenance"),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Folder with a tiny model and a text; its caches are those of all runs here."""
-    folder = tmp_path_factory.mktemp("inputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DROTATOR_CACHE", str(folder / "cache"))
-        yield make_inputs(folder)
 
 
 @pytest.fixture(scope="module")

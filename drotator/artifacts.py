@@ -87,19 +87,19 @@ class RunFolder:
         linears = {name: LinearResult(**linear) for name, linear in record.pop("linears").items()}
         return state, LayerResult(linears=linears, **record)
 
-    def has_rotations(self, num_layers: int) -> bool:
-        return all(self.rotation_file(index).exists() for index in range(num_layers))
+    def has_rotations(self, layers: Iterable[int]) -> bool:
+        return all(self.rotation_file(index).exists() for index in layers)
 
     def save_rotation(self, index: int, trained: TrainedRotation) -> None:
         """Save R1 and R2 as learned, float32, and how the training went in the file's metadata."""
         record = {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "rotation"}
-        tensors = {"R1": trained.rotation.R1, "R2": trained.rotation.R2}
+        tensors = {name: tensor for name, tensor in vars(trained.rotation).items() if tensor is not None}
         save_tensors(self.rotation_file(index), tensors, {"training": json.dumps(record)})
 
     def load_rotation(self, index: int) -> TrainedRotation:
         """The layer's rotation as it was learned; its `polished()` is the one that was merged."""
         tensors, record = load_tensors(self.rotation_file(index), "training")
-        return TrainedRotation(Rotation(tensors["R1"], tensors["R2"]), **record)
+        return TrainedRotation(Rotation(**tensors), **record)
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))

@@ -75,9 +75,9 @@ def run_check(settings: CheckConfig, run_dir: Path) -> float:
         for name, rotate in (("random", rotate_randomly), ("learned", rotate_as_learned)):
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=f".{name}-") as temporary:
                 run = RunFolder.open(Path(temporary), describe(settings))
-                check_disk_space(run.path, missing_bytes(run, source, "per_layer"))
+                check_disk_space(run.path, missing_bytes(run, source, RotationConfig()))
                 rotate(settings, job, run)
-                export_checkpoint("per_layer", run, source, {})
+                export_checkpoint(RotationConfig(), run, source, {})
                 merged = logits(run.checkpoint, windows, dtype, device)
             largest, scale = float((merged - dense).abs().max()), float(dense.abs().max())
             found.append(Difference(name, str(dtype).removeprefix("torch."), largest, scale, LIMITS[dtype]))

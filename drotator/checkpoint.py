@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def write_checkpoint(
     *,
     model_folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
-    is_rotated: bool,
+    boundaries: Sequence[int],
     untie: bool,
     metadata: dict[str, object],
     overwrite: bool = False,
@@ -65,7 +65,7 @@ def write_checkpoint(
         folder: where the checkpoint goes; with `overwrite` a checkpoint that stands there is replaced as a whole.
         model_folder: the model it was made from: its config.json, tokenizer and generation settings are taken over.
         tensors: (name in the state dict, tensor on any device); drawn one by one; stored in their dtype, -0.0 as +0.0.
-        is_rotated: the tensors hold `model.layers.{i}.boundary.weight` for every layer but the last.
+        boundaries: layers i for which the tensors hold `model.layers.{i}.boundary.weight`; none: a plain model.
         untie: lm_head.weight is a tensor of its own, whatever the model's config.json says.
         metadata: what was done, in JSON types; kept in config.json under "drotator" and told by the model card.
     Raises:
@@ -74,14 +74,14 @@ def write_checkpoint(
     """
     folder = folder.resolve()
     check_output_folder(folder, overwrite=overwrite)
-    config = _checkpoint_config(model_folder, is_rotated=is_rotated, untie=untie, metadata=metadata)
+    config = _checkpoint_config(model_folder, boundaries=boundaries, untie=untie, metadata=metadata)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with _write_errors(folder):
             shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
             partial.mkdir(parents=True)
             _copy_files(model_folder, partial)
-        if is_rotated:
+        if boundaries:
             _add_custom_code(model_folder, partial)
         config["dtype"] = _write_shards(partial, tensors, max_shard_bytes, folder)
         with _write_errors(folder):
@@ -189,7 +189,7 @@ def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str | torch.de
 
 
 def _checkpoint_config(
-    model_folder: Path, *, is_rotated: bool, untie: bool, metadata: dict[str, object]
+    model_folder: Path, *, boundaries: Sequence[int], untie: bool, metadata: dict[str, object]
 ) -> dict[str, Any]:
     """Derive the checkpoint's config.json from the model's."""
     config = _read_json(model_folder / "config.json")
@@ -197,7 +197,7 @@ def _checkpoint_config(
     config.pop("torch_dtype", None)  # the name of "dtype" before transformers 5
     if untie:
         config["tie_word_embeddings"] = False
-    if is_rotated:
+    if boundaries:
         name = str(config.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
         if name not in ROTATED_FAMILIES:
             raise ValueError(
@@ -207,6 +207,7 @@ def _checkpoint_config(
         family, module = ROTATED_FAMILIES[name], modeling_rotated.__name__.rpartition(".")[2]
         config["model_type"] = family.config.model_type
         config["architectures"] = [family.causal_lm.__name__]
+        config["boundary_layers"] = list(boundaries)
         config["auto_map"] = {
             "AutoConfig": f"{module}.{family.config.__name__}",
             "AutoModel": f"{module}.{family.model.__name__}",  # vLLM asks for the base model

@@ -7,12 +7,16 @@ is allowed.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-PRUNERS = ("magnitude", "wanda", "sparsegpt", "none")
+PRUNERS = ("magnitude", "wanda", "sparsegpt", "admm", "none")
 ROTATIONS = ("per_layer", "shared", "none")
 OBJECTIVES = ("entropy", "pruning_error")
+WEIGHTS = ("uniform", "sensitivity")
+PERMUTATIONS = ("none", "intermediate", "residual", "both")
+RECONSTRUCTIONS = ("none", "block")
 SALIENCES = ("auto", "magnitude", "wanda", "obs", "sequential_obs")
 OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -49,16 +53,24 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrunerConfig:
-    """How weights are removed. damping: part of the mean diagonal of H added to it; block_size: columns of a sweep."""
+    """How weights are removed.
+
+    damping: part of the mean diagonal of H added to it. block_size: columns of SparseGPT's sweep. iterations: of ADMM.
+    solve_steps: steps of conjugate gradients that fit the surviving weights to the dense outputs, after any pruner.
+    """
 
     name: str = "sparsegpt"
     damping: float = 0.01
     block_size: int = 128
+    iterations: int = 100
+    solve_steps: int = 0
 
     def __post_init__(self) -> None:
         _one_of("pruner.name", self.name, PRUNERS)
         _require(0 < self.damping < 1, "pruner.damping", self.damping, "between 0 and 1")
         _require(self.block_size >= 1, "pruner.block_size", self.block_size, "1 or more")
+        _require(self.iterations >= 1, "pruner.iterations", self.iterations, "1 or more")
+        _require(self.solve_steps >= 0, "pruner.solve_steps", self.solve_steps, "0 or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,24 +105,55 @@ class SparsityConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RotationConfig:
-    """Where R1 lives: one for each layer, one for the model, or nowhere."""
+    """Where R1 lives: one for each layer, one for the model, or nowhere.
+
+    groups: with shared, how many runs of neighbouring layers have an R1 of their own. R1, R2: whether it is learned.
+    permute: the free permutations that are searched before: none, intermediate (of the MLP), residual, or both.
+    """
 
     name: str = "per_layer"
+    groups: int = 1
+    R1: bool = True
+    R2: bool = True
+    permute: str = "none"
 
     def __post_init__(self) -> None:
         _one_of("rotation.name", self.name, ROTATIONS)
+        _one_of("rotation.permute", self.permute, PERMUTATIONS)
+        _require(self.groups >= 1, "rotation.groups", self.groups, "1 or more")
+        _require(self.groups == 1 or self.name == "shared", "rotation.groups", self.groups, "needs rotation=shared")
+
+    def runs(self, num_layers: int) -> list[range]:
+        """Runs of neighbouring layers that are learned together; R1 is the same within a run."""
+        if self.name != "shared" or not self.R1:
+            return [range(index, index + 1) for index in range(num_layers)]
+        count = min(self.groups, num_layers)
+        bounds = [num_layers * i // count for i in range(count + 1)]
+        return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+    def boundaries(self, num_layers: int) -> list[int]:
+        """Layers that are followed by a matrix between two bases."""
+        if self.name == "none" or not self.R1:
+            return []
+        return [run[-1] for run in self.runs(num_layers)[:-1]]
 
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What the rotation minimises, and the importance it is made of (auto: the pruner's own)."""
+    """What the rotation minimises, and the importance it is made of (auto: the pruner's own).
+
+    weights: how pruning_error adds up the linears: uniform, each by the part of its own output's energy; sensitivity,
+    each output by what an error in it does to the layer's output.
+    """
 
     name: str = "pruning_error"
     salience: str = "auto"
+    weights: str = "uniform"
 
     def __post_init__(self) -> None:
         _one_of("objective.name", self.name, OBJECTIVES)
         _one_of("objective.salience", self.salience, SALIENCES)
+        _one_of("objective.weights", self.weights, WEIGHTS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,6 +172,26 @@ class OptimizerConfig:
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _require(self.steps >= 0, "optimizer.steps", self.steps, "0 or more")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReconstructConfig:
+    """Whether the surviving weights of a pruned layer are tuned to the dense layer's output, masks kept.
+
+    target: "model": what the dense model's layer puts out; "layer": what the dense layer makes of the pruned inputs.
+    epochs: passes over the calibration set. learning_rate: of Adam, cosine to 0.
+    """
+
+    name: str = "none"
+    target: str = "model"
+    epochs: int = 8
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        _one_of("reconstruct.name", self.name, RECONSTRUCTIONS)
+        _require(self.epochs >= 1, "reconstruct.epochs", self.epochs, "1 or more")
+        _one_of("reconstruct.target", self.target, ("model", "layer"))
+        _require(self.learning_rate > 0, "reconstruct.learning_rate", self.learning_rate, "above 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,6 +254,7 @@ class PruneConfig:
     optimizer: OptimizerConfig
     calibration: CalibrationConfig
     eval: EvalConfig
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     device: str = "auto"
     seed: int = 0
     resume: str = ""

@@ -28,6 +28,7 @@ from drotator.config import EvalConfig
 from drotator.console import progress
 from drotator.fetch import embedded_data, hub_error
 from drotator.quiet import silent_libraries
+from drotator.resources import float32_products
 from drotator.results import Metrics
 from drotator.texts import C4, C4_FILES, PASSAGES, WIKITEXT, adds_bos, c4_documents, encode, passages, wikitext2
 
@@ -58,7 +59,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
     Raises: ValueError if data is missing, RuntimeError if the model's outputs are not finite.
     """
     metrics: Metrics = {}
-    with tensor_core_products():
+    with float32_products("high"):
         for name, windows in perplexity_windows(settings, tokenizer).items():
             metrics[name] = perplexity(model, windows, settings.batch_size, f"perplexity on {name}")
             log.info("perplexity on %s: %.3f (%d windows of %d tokens)", name, metrics[name], *windows.shape)
@@ -81,17 +82,6 @@ def evaluate_checkpoint(
     if not settings.perplexity and not settings.tasks:
         return {}
     return evaluate(load_checkpoint(folder, dtype=dtype, device=device), tokenizer, settings, seed=seed)
-
-
-@contextmanager
-def tensor_core_products() -> Iterator[None]:
-    """Let float32 models use TF32 products while they are evaluated on a GPU; bfloat16 models round more than that."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def prepare(settings: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,20 +11,23 @@ from torch import Tensor
 from drotator.architecture import EMBEDDING, FINAL_NORM, HEAD, LAYERS, ModelSource
 from drotator.artifacts import RunFolder
 from drotator.checkpoint import write_checkpoint
+from drotator.config import RotationConfig
 from drotator.rotation import boundary_weight
 
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(rotation: str, run: RunFolder, source: ModelSource, metadata: dict[str, object]) -> None:
-    """Write run/checkpoint. A plain model of its family, unless `rotation` is per_layer: then with boundaries."""
+def export_checkpoint(
+    rotation: RotationConfig, run: RunFolder, source: ModelSource, metadata: dict[str, object]
+) -> None:
+    """Write run/checkpoint. A plain model of its family, unless R1 changes between layers: then with boundaries."""
     logger.info("writing %s", run.checkpoint)
     write_checkpoint(
         run.checkpoint,
         model_folder=source.folder,
         tensors=checkpoint_tensors(rotation, run, source),
-        is_rotated=rotation == "per_layer",
-        untie=rotation != "none" and source.is_tied,
+        boundaries=rotation.boundaries(source.num_layers),
+        untie=rotation.name != "none" and source.is_tied,
         metadata=metadata,
         overwrite=True,
     )
@@ -37,22 +40,22 @@ def merged_rotation(rotation: str, run: RunFolder, index: int, device: torch.dev
     return run.load_rotation(index).rotation.to(device).polished().R1
 
 
-def checkpoint_tensors(rotation: str, run: RunFolder, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(rotation: RotationConfig, run: RunFolder, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the pruned checkpoint by its name, one layer in memory at a time.
 
-    With per_layer a boundary follows every layer but the last; with any rotation the first R1 is absorbed in the
-    embeddings, the last one and the gain of the final norm in the head. Products are float64, rounded once.
+    A boundary stands where R1 changes between two layers; with any rotation the first R1 is absorbed in the embeddings,
+    the last one and the gain of the final norm in the head. Products are float64, rounded once.
     """
-    is_rotated = rotation != "none"
+    is_rotated, boundaries = rotation.name != "none", rotation.boundaries(source.num_layers)
     norm, embedding = source.tensor(f"{FINAL_NORM}.weight"), source.tensor(f"{EMBEDDING}.weight")
-    R1 = merged_rotation(rotation, run, 0, torch.device("cpu"))
+    R1 = merged_rotation(rotation.name, run, 0, torch.device("cpu"))
     yield f"{EMBEDDING}.weight", embedding if R1 is None else (embedding.double() @ R1).to(source.dtype)
     for index in range(source.num_layers):
         state, _ = run.load_layer(index)
         for name, tensor in state.items():
             yield f"{LAYERS}.{index}.{name}", tensor
-        if rotation == "per_layer" and index + 1 < source.num_layers:
-            R1_next = merged_rotation(rotation, run, index + 1, torch.device("cpu"))
+        if index in boundaries:
+            R1_next = merged_rotation(rotation.name, run, index + 1, torch.device("cpu"))
             assert R1 is not None
             assert R1_next is not None
             yield f"{LAYERS}.{index}.boundary.weight", boundary_weight(R1, R1_next).to(source.dtype)

@@ -2,7 +2,7 @@
 
 When every layer is rotated into a basis of its own, the residual stream changes basis between layer l and layer l+1: a
 row vector h becomes h @ B with B = R1_l^T R1_{l+1}. The module `boundary` of layer l holds weight = B^T, so that
-linear(h) = h @ B; the last layer has none. Each forward pass is the family's own, called through `super()`.
+linear(h) = h @ B. config.boundary_layers lists the layers that have one (by default all but the last). Each forward pass is the family's own, called through `super()`.
 
 This file is copied into checkpoints as their custom code, hence it imports torch and transformers only.
 """
@@ -69,7 +69,8 @@ class _RotatedModel(PreTrainedModel):
         super().__init__(config)
         # The family's constructor names its own layer class. Its layers are given the subclass in place, as layers made
         # anew would exist twice for a moment.
-        for layer in self.layers[:-1]:
+        indices = config.boundary_layers
+        for layer in self.layers[:-1] if indices is None else [self.layers[index] for index in indices]:
             layer.__class__ = self._layer_class
             layer.boundary = Boundary(config.hidden_size)
         self.post_init()
@@ -119,7 +120,13 @@ def _rotate(
         return type(f"Rotated{base.__name__}", (*mixins, base), {"__module__": __name__, **attributes})
 
     # _auto_class makes save_pretrained copy this file, so that what it saves loads like what was loaded.
-    rotated_config = subclass(config, model_type=f"drotator_{config.model_type}", _auto_class="AutoConfig")
+    rotated_config = subclass(
+        config,
+        model_type=f"drotator_{config.model_type}",
+        boundary_layers=None,
+        __annotations__={"boundary_layers": list[int] | None},  # transformers makes a field of it
+        _auto_class="AutoConfig",
+    )
     rotated_layer = subclass(layer, _BoundaryLayer)
     shared = {"config_class": rotated_config, "_no_split_modules": [rotated_layer.__name__, layer.__name__]}
     rotated_model = subclass(model, _RotatedModel, _layer_class=rotated_layer, _auto_class="AutoModel", **shared)

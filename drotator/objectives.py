@@ -8,7 +8,7 @@ H^-1 = U^T U (sequential_obs); design: one factor for each input column, so S = 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 ObjectiveWithGradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(R1, R2) -> loss, dL/dR1, dL/dR2."""
 
-PRUNER_SALIENCE = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "none": "wanda"}
-PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "sequential_obs"}
+PRUNER_SALIENCE = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "admm": "obs", "none": "wanda"}
+PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "sequential_obs", "admm": "sequential_obs"}
 
 
 def chosen_salience(settings: ObjectiveConfig, pruner: str) -> str:
@@ -40,19 +40,34 @@ def chosen_salience(settings: ObjectiveConfig, pruner: str) -> str:
 class LayerProblem:
     """Weights of a layer with folded norms, and the moments of its inputs. All float32, on one device.
 
-    weights: by LayerSpec field name, (d_out, d_in). hessians: by input, (d_in, d_in), damped where they are inverted.
+    weights: by LayerSpec field name, (d_out, d_in). hessians: by input, (d_in, d_in), undamped.
+    sensitivities: by LayerSpec field name, what an error in each output does to the layer's output; see
+        `collect_sensitivities`. Empty: every linear counts by the part of its own output's energy.
     """
 
     weights: Mapping[str, Tensor]
     hessians: Mapping[str, Tensor]
     sizes: LayerSizes
+    sensitivities: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_layer(
-        cls, weights: Mapping[str, Tensor], spec: LayerSpec, sizes: LayerSizes, hessians: Mapping[str, Tensor]
+        cls,
+        weights: Mapping[str, Tensor],
+        spec: LayerSpec,
+        sizes: LayerSizes,
+        hessians: Mapping[str, Tensor],
+        sensitivities: Mapping[str, Tensor] | None = None,
     ) -> LayerProblem:
-        """weights: by module name, as `fold_norms` returns them."""
-        return cls({name: weights[getattr(spec, name)].float() for name in INPUT_OF}, hessians, sizes)
+        """weights, sensitivities: by module name, as `fold_norms` and `collect_sensitivities` return them."""
+        by_field = {name: getattr(spec, name) for name in INPUT_OF}
+        found = sensitivities or {}
+        return cls(
+            {name: weights[module].float() for name, module in by_field.items()},
+            hessians,
+            sizes,
+            {name: found[module] for name, module in by_field.items() if module in found},
+        )
 
 
 INPUT_OF = {
@@ -205,7 +220,10 @@ def build_objective(
     down_energy = None
     if salience != "magnitude" and "down" in problem.hessians:
         down_energy = column_energy(problem.hessians["down"], None, salience, damping)
-    norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience) for name in W}
+    G = problem.sensitivities
+    norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in W}
+    if G:  # errors of different linears are then comparable, and only their sum is normalised
+        norms = dict.fromkeys(norms, torch.stack(list(norms.values())).sum())
 
     def energy(inputs: str, R: Tensor) -> Tensor | None:
         if salience == "magnitude":
@@ -238,6 +256,9 @@ def build_objective(
         query, key = S["query_key"].split([len(W["query"]), len(W["key"])], dim=1)
         gate, up = S["gate_up"].chunk(2, dim=1)
         parts = {"query": query, "key": key, "gate": gate, "up": up, **{n: S[n] for n in ("value", "output", "down")}}
+        if G:
+            basis = {"value": R2, "output": R1, "down": R1}
+            parts = {name: part * output_weights(G[name], basis.get(name)) for name, part in parts.items()}
         return torch.stack([_removed(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
 
     return {"entropy": entropy_objective, "pruning_error": pruning_error}[settings.name]
@@ -270,7 +291,27 @@ def _weigh(W: Tensor, energy: Tensor | None) -> Tensor:
     return S if energy is None else S * energy[:, None]
 
 
-def _norm(W: Tensor, H: Tensor | None, salience: str) -> Tensor:
-    """tr(W H W^T), or tr(W W^T) where the importance does not look at the inputs. Both are the same in every basis."""
-    energy = W.square().sum() if H is None or salience == "magnitude" else (W * (W @ H)).sum()
+def output_weights(G: Tensor, R: Tensor | None) -> Tensor:
+    """Weight of each output of a linear: diag(R^T G R), or what G says where the outputs are not rotated.
+
+    Args:
+        G: () the same for all outputs; (d_out,) one for each; (n, n) or (k, h, h) moments of what the outputs do.
+        R: (n, n) or (k, h, h), the rotation of the outputs.
+    Returns: () or (d_out,).
+    """
+    if G.ndim < 2 or R is None:
+        return G
+    return (R * (G @ R)).sum(-2).flatten()
+
+
+def _norm(W: Tensor, H: Tensor | None, salience: str, G: Tensor | None) -> Tensor:
+    """tr(G W H W^T), with H = I where the importance does not look at the inputs. The same in every basis."""
+    read = W if H is None or salience == "magnitude" else W @ H
+    if G is None or G.ndim == 0:
+        energy = (W * read).sum() * (1 if G is None else G)
+    elif G.ndim == 1:
+        energy = (G * (W * read).sum(1)).sum()
+    else:
+        blocks = G.reshape(-1, *G.shape[-2:])
+        energy = (blocks @ W.unflatten(0, (len(blocks), -1)) * read.unflatten(0, (len(blocks), -1))).sum()
     return energy.clamp_min(torch.finfo(W.dtype).tiny)  # a linear of zeros has nothing to lose

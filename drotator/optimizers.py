@@ -6,7 +6,7 @@ R is (..., n, n): R1 as one matrix, R2 as a batch of them. G = dL/dR is the grad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,13 +23,17 @@ REFERENCE_SIZE = 576
 class RotationOptimizer(Protocol):
     """One group of rotations under optimisation.
 
-    rotation: the current R, detached. update: one step along the gradient G at that R; `progress` runs from 0 to 1
-    over the training.
+    rotation: the current R, detached. update: one step along the gradient G at that R; `progress`, (), runs from 0 to 1
+    over the training. can_capture: `update` changes the tensors of `state` in place and nothing else, so that a CUDA
+    graph can replay it.
     """
+
+    can_capture: bool
+    state: Sequence[Tensor]
 
     def rotation(self) -> Tensor: ...
 
-    def update(self, G: Tensor, progress: float) -> None: ...
+    def update(self, G: Tensor, progress: Tensor) -> None: ...
 
 
 class AdamQR:
@@ -39,6 +43,9 @@ class AdamQR:
     of A that starts at Q(I) = I.
     Source: DenoiseRotator, section 3.4 and appendix A.
     """
+
+    can_capture = False  # the QR waits for the device
+    state: Sequence[Tensor] = ()
 
     def __init__(self, R: Tensor, learning_rate: float) -> None:
         self.A = R.clone().requires_grad_()
@@ -53,7 +60,7 @@ class AdamQR:
     def rotation(self) -> Tensor:
         return self.Q.detach()
 
-    def update(self, G: Tensor, progress: float) -> None:
+    def update(self, G: Tensor, progress: Tensor) -> None:
         (self.A.grad,) = torch.autograd.grad(self.Q, self.A, G)
         torch.nn.utils.clip_grad_norm_([self.A], 1.0)
         self.optimizer.step()
@@ -69,26 +76,29 @@ class RiemannianAdam:
     the basin of the retraction.
     """
 
+    can_capture = True
+
     def __init__(self, R: Tensor, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         self.R = R.clone()
         self.learning_rate = learning_rate * math.sqrt(REFERENCE_SIZE / R.shape[-1])
         self.betas = betas
         self.first = torch.zeros_like(R)
         self.second = torch.zeros_like(R)
-        self.step = 0
+        self.step = torch.zeros((), device=R.device)
+        self.state = (self.R, self.first, self.second, self.step)
 
     def rotation(self) -> Tensor:
         return self.R
 
-    def update(self, G: Tensor, progress: float) -> None:
-        self.step += 1
+    def update(self, G: Tensor, progress: Tensor) -> None:
+        self.step.add_(1)
         omega = skew(self.R.mT @ G)
         beta1, beta2 = self.betas
         self.first.lerp_(omega, 1 - beta1)
         self.second.lerp_(omega.square(), 1 - beta2)
         corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(G.dtype).tiny)
         U = self.first / corrected * (cosine(self.learning_rate, progress) / (1 - beta1**self.step))
-        self.R = retract(self.R, U)
+        self.R.copy_(retract(self.R, U))
 
 
 class Spectral:
@@ -98,23 +108,26 @@ class Spectral:
     turns those by the angle a and leaves the others alone. a follows a cosine from learning_rate (radians) to 0.
     """
 
+    can_capture = True
+
     def __init__(self, R: Tensor, learning_rate: float, momentum: float = 0.9) -> None:
         self.R = R.clone()
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.average = torch.zeros_like(R)
+        self.state = (self.R, self.average)
 
     def rotation(self) -> Tensor:
         return self.R
 
-    def update(self, G: Tensor, progress: float) -> None:
+    def update(self, G: Tensor, progress: Tensor) -> None:
         R = self.R
         omega = skew(R.mT @ G)
         size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
         self.average.lerp_(omega / size, 1 - self.momentum)
         U = skew(matrix_sign(self.average))
-        angle = min(cosine(self.learning_rate, progress), MAX_STEP)
-        self.R = retract(R, math.tan(angle) * U)
+        angle = cosine(self.learning_rate, progress).clamp_max(MAX_STEP)
+        self.R.copy_(retract(R, angle.tan() * U))
 
 
 OPTIMIZERS: dict[str, Callable[[Tensor, float], RotationOptimizer]] = {
@@ -142,9 +155,9 @@ def skew(A: Tensor) -> Tensor:
     return (A - A.mT) / 2
 
 
-def cosine(start: float, progress: float) -> float:
+def cosine(start: float, progress: Tensor) -> Tensor:
     """Cosine schedule from start (progress 0) to 0 (progress 1)."""
-    return start * 0.5 * (1 + math.cos(math.pi * progress))
+    return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
 def matrix_sign(A: Tensor, steps: int = 6) -> Tensor:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from drotator import calibration, evaluation
-from drotator.architecture import LAYERS, ModelSource, linear
+from drotator.architecture import LAYERS, LayerSpec, ModelSource, linear
 from drotator.artifacts import RunFolder, versions
 from drotator.checkpoint import update_metadata
-from drotator.config import PruneConfig, describe
+from drotator.config import PruneConfig, RotationConfig, describe
 from drotator.console import progress
 from drotator.dense import dense_metrics
 from drotator.export import export_checkpoint, merged_rotation
 from drotator.fetch import load_tokenizer, resolve_model
+from drotator.objectives import LayerProblem
 from drotator.plots import (
     plot_importance_curves,
     plot_importance_image,
@@ -30,14 +30,16 @@ from drotator.plots import (
 )
 from drotator.pruners import validate
 from drotator.pruning import (
-    DenseLayer,
     LayerContext,
     importance_of_gate,
+    learn_layer,
     learn_rotation,
     merge,
     open_layer,
     prune_linears,
+    starting_rotation,
 )
+from drotator.reconstruction import reconstruct_layer
 from drotator.report import load_report, write_report
 from drotator.resources import (
     Stopwatch,
@@ -48,7 +50,8 @@ from drotator.resources import (
     reset_peak_memory,
 )
 from drotator.results import LayerResult, Metrics, RunReport, first_value
-from drotator.rotation import Rotation, fold_norms
+from drotator.rotation import Rotation, fold_norms, reorder_intermediate
+from drotator.sharing import ProblemStore
 from drotator.statistics import ActivationStream
 from drotator.summary import print_summary
 from drotator.training import TrainedRotation
@@ -109,7 +112,7 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
         for inputs, names in source.spec.inputs.items():
             for name in names:
                 validate(settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
-        check_disk_space(run.path, sum(missing_bytes(to_do, source, one.rotation.name) for one, to_do in planned))
+        check_disk_space(run.path, sum(missing_bytes(to_do, source, one.rotation) for one, to_do in planned))
         tokenizer = load_tokenizer(source.folder)
         windows = calibration.calibration_windows(settings.calibration, tokenizer)
     with watch.measure("evaluate"):
@@ -117,13 +120,13 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
     return Job(source, tokenizer, windows, device, dense, watch.seconds)
 
 
-def missing_bytes(run: RunFolder, source: ModelSource, rotation: str) -> int:
+def missing_bytes(run: RunFolder, source: ModelSource, rotation: RotationConfig) -> int:
     """Estimate what the run will still write: layers, the checkpoint, and float32 rotations."""
     layer = sum(tensor.numel() for tensor in source.skeleton.get_submodule(f"{LAYERS}.0").state_dict().values())
     model = sum(tensor.numel() for tensor in source.skeleton.state_dict().values())
     left = sum(not run.layer_file(index).exists() for index in range(source.num_layers))
-    R1 = source.sizes.hidden_size**2 if rotation != "none" else 0
-    weights = left * layer + model + (source.num_layers * R1 if rotation == "per_layer" else 0)
+    R1 = source.sizes.hidden_size**2 if rotation.name != "none" else 0
+    weights = left * layer + model + len(rotation.boundaries(source.num_layers)) * R1
     return int(DISK_MARGIN * (weights * source.dtype.itemsize + left * R1 * 4))
 
 
@@ -145,7 +148,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
     }
     is_rotated = settings.rotation.name != "none"
     with watch.measure("load"):
-        export_checkpoint(settings.rotation.name, run, job.source, dict(names))
+        export_checkpoint(settings.rotation, run, job.source, dict(names))
     with watch.measure("evaluate"):
         pruned = evaluation.evaluate_checkpoint(
             run.checkpoint, job.tokenizer, settings.eval, seed=settings.seed, device=job.device
@@ -187,96 +190,123 @@ def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerR
 
     Returns: one result for each layer.
     """
-    if settings.rotation.name == "shared" and not run.has_rotations(job.source.num_layers):
-        learn_shared_rotation(settings, job, run)
+    source, rotation = job.source, settings.rotation
+    stream = ActivationStream.start(source, job.windows, settings.calibration.batch_size, job.device)
+    if settings.reconstruct.name != "none":
+        stream.dense = list(stream.hidden)
     results: list[LayerResult] = []
-
-    def visit(context: LayerContext) -> tuple[Tensor | None, str]:
-        index = context.index
-        if run.layer_file(index).exists():
-            state, result = run.load_layer(index)
-            context.layer.load_state_dict(state)
-            R1 = merged_rotation(settings.rotation.name, run, index, job.device)
-        else:
-            R1, result = prune_layer(context, settings, run)
-            run.save_layer(index, context.layer.state_dict(), result)
-        for warning in result.warnings:
-            logger.warning("layer %d: %s", index, warning)
-        results.append(result)
-        run.write_metrics({"event": "layer", **asdict(done)} for done in results)
-        return R1, layer_note(result)
-
-    what = "pruning" if settings.rotation.name == "none" else "rotating and pruning"
-    walk_layers(job, settings.calibration.batch_size, visit, f"{what} layers")
+    before: tuple[nn.Module, Tensor | None] | None = None
+    what = "pruning" if rotation.name == "none" else "rotating and pruning"
+    with progress(f"{what} layers", source.num_layers) as advance:
+        for group in rotation.runs(source.num_layers):
+            for index in group:
+                watch = Stopwatch(job.device)
+                if before is not None:
+                    with watch.measure("calibrate"):
+                        stream.advance(before[0], index - 1, before[1])
+                if index == group[0] and len(group) > 1 and not run.has_rotations(group):
+                    learn_shared_rotation(group, stream, watch, settings, job, run)
+                context = open_context(index, stream, watch, job)
+                if stream.dense:
+                    inputs = stream.dense if settings.reconstruct.target == "model" else stream.hidden
+                    with watch.measure("calibrate"):
+                        stream.advance_dense(context.layer, index, inputs)
+                if run.layer_file(index).exists():
+                    state, result = run.load_layer(index)
+                    context.layer.load_state_dict(state)
+                    R1 = merged_rotation(rotation.name, run, index, job.device)
+                else:
+                    R1, result = prune_layer(context, settings, run, is_alone=len(group) == 1)
+                    run.save_layer(index, context.layer.state_dict(), result)
+                before = context.layer, R1
+                for warning in result.warnings:
+                    logger.warning("layer %d: %s", index, warning)
+                results.append(result)
+                run.write_metrics({"event": "layer", **asdict(done)} for done in results)
+                advance(layer_note(result))
     return results
 
 
-def walk_layers(
-    job: Job, batch_size: int, visit: Callable[[LayerContext], tuple[Tensor | None, str]], description: str
+def open_context(index: int, stream: ActivationStream, watch: Stopwatch, job: Job) -> LayerContext:
+    """Bring a dense layer to the device."""
+    source = job.source
+    with watch.measure("load"):
+        layer = source.layer(index, job.device)
+    return LayerContext(index, layer, source.spec, source.sizes, source.num_layers, stream, watch)
+
+
+def learn_shared_rotation(
+    group: range, stream: ActivationStream, watch: Stopwatch, settings: PruneConfig, job: Job, run: RunFolder
 ) -> None:
-    """Bring every decoder layer to the device in turn, let `visit` change it, and send the activations through it.
+    """Learn one R1 for a run of layers, and R2 of each, into the run folder.
 
-    visit: returns the R1 (d, d) that is merged in the layer, or None, and a note for the progress line.
+    The layers' statistics are those of the dense layers on what the pruned ones before the run put out.
     """
-    stream = ActivationStream.start(job.source, job.windows, batch_size, job.device)
-    layer, R1 = None, None
-    with progress(description, job.source.num_layers) as advance:
-        for index in range(job.source.num_layers):
-            watch = Stopwatch(job.device)
-            if layer is not None:
+    ahead = stream.fork()
+    store = ProblemStore(run.path / "problems", settings, job.source.sizes, job.device)
+    orders: list[Tensor | None] = []
+    with progress("statistics of dense layers", len(group)) as advance:
+        for index in group:
+            dense = open_layer(open_context(index, ahead, watch, job), settings)
+            store.append(dense.problem)
+            orders.append(dense.order)
+            if index != group[-1]:
                 with watch.measure("calibrate"):
-                    stream.advance(layer, index - 1, R1)
-            with watch.measure("load"):
-                layer = job.source.layer(index, job.device)
-            context = LayerContext(
-                index, layer, job.source.spec, job.source.sizes, job.source.num_layers, stream, watch
-            )
-            R1, note = visit(context)
-            advance(note)
+                    ahead.advance(dense.context.layer, index, None)
+            advance("")
+    logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
+    with watch.measure("rotate"):
+        start = starting_rotation(store.problem(0), len(group), settings)
+        trained = learn_rotation(store, start, settings, can_capture=store.is_resident)
+        identity = Rotation.identity(job.source.sizes, job.device)
+        for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
+            rotation, objective = Rotation(trained.rotation.R1, R2, order), store[position]
+            if group[position] == job.source.num_layers // 2:
+                draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
+            with torch.no_grad():
+                values = [float(objective(at.R1, at.R2)) for at in (identity, rotation)]
+            one = dataclasses.replace(trained, rotation=rotation, objective_before=values[0], objective_after=values[1])
+            run.save_rotation(group[position], one)
+    store.clear()
 
 
-def learn_shared_rotation(settings: PruneConfig, job: Job, run: RunFolder) -> None:
-    """Learn one R1 for the model and R2 of each layer from the dense model's statistics, into the run folder."""
-    layers: list[DenseLayer] = []
-
-    def visit(context: LayerContext) -> tuple[None, str]:
-        layers.append(open_layer(context, settings))
-        return None, ""
-
-    walk_layers(job, settings.calibration.batch_size, visit, "dense statistics")
-    logger.info("learning one R1 for %d layers in %d steps", len(layers), settings.optimizer.steps)
-    trained = learn_rotation(layers, settings)
-    draw_importance(run, layers[len(layers) // 2], trained.rotation, settings)
-    for index, (layer, R2) in enumerate(zip(layers, trained.rotation.R2.chunk(len(layers)), strict=True)):
-        rotation = Rotation(trained.rotation.R1, R2)
-        before, after = (layer.objective_at(at) for at in (None, rotation))
-        run.save_rotation(
-            index, dataclasses.replace(trained, rotation=rotation, objective_before=before, objective_after=after)
-        )
-
-
-def prune_layer(context: LayerContext, settings: PruneConfig, run: RunFolder) -> tuple[Tensor | None, LayerResult]:
+def prune_layer(
+    context: LayerContext, settings: PruneConfig, run: RunFolder, *, is_alone: bool
+) -> tuple[Tensor | None, LayerResult]:
     """Rotate (if asked) and prune one layer in place.
 
+    Args:
+        is_alone: the layer's rotation is its own and is learned here; else it lies in the run folder.
     Returns: the R1 (d, d) float64 that was merged, or None, and the layer's result.
     """
     reset_peak_memory(context.stream.device)
     trained: TrainedRotation | None = None
     R1, known = None, None
-    if settings.rotation.name == "per_layer":
+    if settings.rotation.name != "none" and is_alone:
         dense = open_layer(context, settings)
-        trained = learn_rotation([dense], settings)
+        trained = learn_layer(dense, settings)
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
-            draw_importance(run, dense, trained.rotation, settings)
+            draw_importance(run, context.index, context.spec, dense.problem, trained.rotation, settings)
         R1 = merge(context, dense.weights, trained.rotation).R1
-        H = dense.hessians.get("attention")
+        H = dense.problem.hessians.get("attention")
         known = None if H is None else (R1.mT @ H.double() @ R1).float()
-    elif settings.rotation.name == "shared":
+    elif settings.rotation.name != "none":
         trained = run.load_rotation(context.index)
         rotation = trained.rotation.to(context.stream.device)
-        R1 = merge(context, fold_norms(context.layer, context.spec), rotation).R1
+        weights = fold_norms(context.layer, context.spec)
+        if rotation.order is not None:
+            reorder_intermediate(context.layer, context.spec, weights, rotation.order)
+        R1 = merge(context, weights, rotation).R1
     linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known)
+    reconstruction = {}
+    if settings.reconstruct.name != "none":
+        with context.watch.measure("prune"):
+            reconstruction = asdict(
+                reconstruct_layer(
+                    context.layer, context.spec, context.stream, context.index, R1, settings.reconstruct, settings.seed
+                )
+            )
     return R1, LayerResult(
         index=context.index,
         objective_before=trained.objective_before if trained else 0.0,
@@ -286,6 +316,7 @@ def prune_layer(context: LayerContext, settings: PruneConfig, run: RunFolder) ->
         seconds=dict(context.watch.seconds),
         objective_history=trained.history if trained else [],
         damping=raised,
+        reconstruction=reconstruction,
         peak_memory_bytes=peak_memory(context.stream.device),
         warnings=[
             *(trained.warnings if trained else []),
@@ -294,10 +325,12 @@ def prune_layer(context: LayerContext, settings: PruneConfig, run: RunFolder) ->
     )
 
 
-def draw_importance(run: RunFolder, dense: DenseLayer, rotation: Rotation, settings: PruneConfig) -> None:
+def draw_importance(
+    run: RunFolder, index: int, spec: LayerSpec, problem: LayerProblem, rotation: Rotation, settings: PruneConfig
+) -> None:
     """Plot the importance of one linear's weights before and after the rotation."""
-    before, after = (importance_of_gate(dense, at, settings).cpu() for at in (None, rotation))
-    title = f"layer {dense.context.index}, {dense.context.spec.gate}"
+    before, after = (importance_of_gate(problem, at, settings).cpu() for at in (None, rotation))
+    title = f"layer {index}, {spec.gate}"
     plot_importance_image(run.plots / "importance_image.png", before, after, title)
     plot_importance_curves(run.plots / "importance_curves.png", before, after, title)
 

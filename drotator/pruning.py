@@ -5,6 +5,7 @@ Every function takes a dense or merged layer and typed settings; the loop over l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from drotator.architecture import LayerSizes, LayerSpec, linear
 from drotator.config import PruneConfig, PrunerConfig, SparsityConfig
 from drotator.objectives import (
+    INPUT_OF,
     LayerProblem,
     Objective,
     build_objective,
@@ -22,11 +24,12 @@ from drotator.objectives import (
     needed_hessians,
     with_gradients,
 )
+from drotator.permutation import search_order
 from drotator.pruners import PRUNERS, relative_error, sparsity_of
 from drotator.resources import Stopwatch
 from drotator.results import LinearResult
-from drotator.rotation import Rotation, fold_norms, merge_rotation
-from drotator.statistics import ActivationStream, collect_hessians
+from drotator.rotation import Rotation, fold_norms, merge_rotation, reorder_intermediate
+from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
 from drotator.training import TrainedRotation, train_rotation
 
 
@@ -50,41 +53,91 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer with folded norms before it is rotated. weights: as `fold_norms` returns them. hessians: by input."""
+    """A layer with folded norms before it is rotated. weights: as `fold_norms` returns them."""
 
     context: LayerContext
     weights: Mapping[str, Tensor]
-    hessians: Mapping[str, Tensor]
-    objective: Objective
-
-    @torch.no_grad()
-    def objective_at(self, rotation: Rotation | None) -> float:
-        """The layer's objective at a rotation, or without one."""
-        rotation = rotation or Rotation.identity(self.context.sizes, self.context.stream.device)
-        return float(self.objective(rotation.R1, rotation.R2))
+    problem: LayerProblem
+    order: Tensor | None
 
 
 def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
-    """Fold the norms, collect what the objective reads from the dense layer, and build it."""
-    weights = fold_norms(context.layer, context.spec)
+    """Fold the norms, and collect what the objective reads from the dense layer.
+
+    With a search for the order of the intermediate channels, the layer is put in that order too.
+    """
+    layer, spec = context.layer, context.spec
+    weights = fold_norms(layer, spec)
     salience = chosen_salience(settings.objective, settings.pruner.name)
     wanted = needed_hessians(settings.objective, salience)
     hessians = context.collect(wanted) if wanted else {}
-    problem = LayerProblem.of_layer(weights, context.spec, context.sizes, hessians)
-    objective = build_objective(settings.objective, salience, settings.sparsity, problem, settings.pruner.damping)
-    return DenseLayer(context, weights, hessians, objective)
+    order = None
+    if settings.rotation.permute in ("intermediate", "both"):
+        order = intermediate_order(weights[spec.down].float(), hessians.get("down"), salience, settings)
+        reorder_intermediate(layer, spec, weights, order)
+        if "down" in hessians:
+            hessians["down"] = hessians["down"][order][:, order]
+    sensitivities = {}
+    if settings.objective.weights == "sensitivity":
+        with context.watch.measure("calibrate"):
+            sensitivities = collect_sensitivities(
+                layer, spec, context.sizes, context.stream, context.index, settings.seed
+            )
+    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, sensitivities)
+    return DenseLayer(context, weights, problem, order)
 
 
-def learn_rotation(layers: Sequence[DenseLayer], settings: PruneConfig) -> TrainedRotation:
+def intermediate_order(W: Tensor, H: Tensor | None, salience: str, settings: PruneConfig) -> Tensor:
+    """Order of the MLP's intermediate channels in which the mask of `down` removes less. W: (d, m)."""
+    S = W.square() if H is None else W.square() * column_energy(H, None, salience, settings.pruner.damping)
+    return search_order([S.mT / S.sum()], settings.sparsity, settings.seed)
+
+
+def objective_of(problem: LayerProblem, settings: PruneConfig) -> Objective:
+    """The objective that the settings ask for, of one layer."""
+    salience = chosen_salience(settings.objective, settings.pruner.name)
+    return build_objective(settings.objective, salience, settings.sparsity, problem, settings.pruner.damping)
+
+
+def starting_rotation(problem: LayerProblem, num_layers: int, settings: PruneConfig) -> Rotation:
+    """Where training starts: the identity, or a permutation of the residual channels. R2 is (num_layers k, h, h)."""
+    W = problem.weights["query"]
+    start = Rotation.identity(problem.sizes, W.device)
+    R1 = start.R1
+    if settings.rotation.permute in ("residual", "both"):
+        salience = chosen_salience(settings.objective, settings.pruner.name)
+        importances = []
+        for name in ("query", "key", "value", "gate", "up"):
+            S, H = problem.weights[name].square(), problem.hessians.get(INPUT_OF[name])
+            S = S if H is None else S * column_energy(H, None, salience, settings.pruner.damping)
+            importances.append(S.mT / S.sum())
+        R1 = R1[:, search_order(importances, settings.sparsity, settings.seed)]
+    return Rotation(R1, start.R2.repeat(num_layers, 1, 1))
+
+
+def learn_rotation(
+    objectives: Sequence[Objective], start: Rotation, settings: PruneConfig, *, can_capture: bool = True
+) -> TrainedRotation:
     """Learn one R1 for all the layers given, and the R2 of each; R2 of the result is (layers k, h, h)."""
-    context = layers[0].context
-    start = Rotation.identity(context.sizes, context.stream.device)
-    start = Rotation(start.R1, start.R2.repeat(len(layers), 1, 1))
+    return train_rotation(
+        with_gradients(objectives),
+        start,
+        settings.optimizer,
+        learns=(settings.rotation.R1, settings.rotation.R2),
+        can_capture=can_capture,
+    )
+
+
+def learn_layer(dense: DenseLayer, settings: PruneConfig) -> TrainedRotation:
+    """Learn the rotation of one layer alone. Raises: RuntimeError that names the layer."""
+    context = dense.context
     with context.watch.measure("rotate"):
         try:
-            return train_rotation(with_gradients([layer.objective for layer in layers]), start, settings.optimizer)
+            start = starting_rotation(dense.problem, 1, settings)
+            trained = learn_rotation([objective_of(dense.problem, settings)], start, settings)
         except RuntimeError as error:
             raise RuntimeError(f"Layer {context.index}: {error}") from error
+    return dataclasses.replace(trained, rotation=dataclasses.replace(trained.rotation, order=dense.order))
 
 
 def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotation) -> Rotation:
@@ -95,11 +148,10 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
     return polished
 
 
-def importance_of_gate(dense: DenseLayer, rotation: Rotation | None, settings: PruneConfig) -> Tensor:
+def importance_of_gate(problem: LayerProblem, rotation: Rotation | None, settings: PruneConfig) -> Tensor:
     """Importance of gate_proj's weights, (m, d), in the dense basis or in that of the rotation: for the plots."""
-    W = dense.weights[dense.context.spec.gate].float()
+    W, H = problem.weights["gate"], problem.hessians.get("mlp")
     R1 = None if rotation is None else rotation.R1.to(W)
-    H = dense.hessians.get("mlp")
     S = (W if R1 is None else W @ R1).square()
     if H is None:
         return S
@@ -136,7 +188,14 @@ def prune_linears(
                         pruned = PRUNERS[pruner.name](W, H, sparsity, pruner)
                     except RuntimeError as failure:
                         raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
-                    module.weight.copy_(pruned.weight)
+                    weight = pruned.weight
+                    if pruner.solve_steps:
+                        from drotator.pruners.solve import solve_on_mask
+
+                        weight = solve_on_mask(
+                            W, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps
+                        )
+                    module.weight.copy_(weight)
                     if pruned.damping > pruner.damping:
                         raised[name] = pruned.damping
                 error = relative_error(W, module.weight.float(), H)

@@ -57,7 +57,7 @@ def write_report(run: Path, report: RunReport, *, baseline: RunReport | None = N
     document = asdict(report)
     for layer in document["layers"]:
         del layer["objective_history"], layer["peak_memory_bytes"]
-        for name in ("warnings", "damping"):
+        for name in ("warnings", "damping", "reconstruction"):
             if not layer[name]:
                 del layer[name]
     lost: list[str] = []

@@ -55,6 +55,20 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Let float32 products on a GPU be exact ("highest") or TF32 on its tensor cores ("high").
+
+    Layers and models run with "high": bfloat16 models round more than that. Moments, rotations and pruners are exact.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass
 class Stopwatch:
     """Seconds spent by stage. Waits for the device, so that a stage pays for its own work."""

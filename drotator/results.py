@@ -24,6 +24,7 @@ class LayerResult:
 
     orthogonality: max |R^T R - I| over the layer's rotations as trained, before the last polish in float64.
     objective_history: the objective at every step, `objective_before` first. Empty without rotation.
+    reconstruction: relative error of the layer's output before and after its weights were tuned, where they were.
     damping: the damping used for each Hessian, as a part of its mean diagonal, where it had to be raised.
     """
 
@@ -35,6 +36,7 @@ class LayerResult:
     seconds: dict[str, float]
     objective_history: list[float] = field(default_factory=list)
     damping: dict[str, float] = field(default_factory=dict)
+    reconstruction: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -20,10 +20,15 @@ POLISHED = 1e-12
 
 @dataclass(frozen=True)
 class Rotation:
-    """R1: (d, d), of the residual stream. R2: (k, h, h), one for each key/value head. Orthogonal, float32 or 64."""
+    """What is merged in a layer and leaves its function as it was.
+
+    R1: (d, d), of the residual stream. R2: (k, h, h), one for each key/value head. Orthogonal, float32 or 64.
+    order: (m,) int64, the order in which the MLP's intermediate channels are put, or None to leave them.
+    """
 
     R1: Tensor
     R2: Tensor
+    order: Tensor | None = None
 
     @classmethod
     def identity(cls, sizes: LayerSizes, device: torch.device | str = "cpu") -> Rotation:
@@ -40,7 +45,8 @@ class Rotation:
         return cls(R1, torch.stack(heads))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rotation:
-        return Rotation(self.R1.to(device=device, dtype=dtype), self.R2.to(device=device, dtype=dtype))
+        order = None if self.order is None else self.order.to(device)
+        return Rotation(self.R1.to(device=device, dtype=dtype), self.R2.to(device=device, dtype=dtype), order)
 
     def orthogonality(self) -> float:
         """Largest entry of |R^T R - I| over R1 and R2, computed in float64."""
@@ -48,7 +54,8 @@ class Rotation:
 
     def polished(self) -> Rotation:
         """Return the nearest orthogonal matrices in float64. Raises: RuntimeError if they are not near."""
-        polished = Rotation(polar(self.R1.double(), POLISH_STEPS), polar(self.R2.double(), POLISH_STEPS))
+        R1, R2 = (polar(R.double(), POLISH_STEPS) for R in (self.R1, self.R2))
+        polished = Rotation(R1, R2, self.order)
         if not polished.orthogonality() < POLISHED:
             raise RuntimeError(f"a rotation is not orthogonal: |R^T R - I| = {self.orthogonality():.2g}")
         return polished
@@ -85,6 +92,19 @@ def fold_norms(layer: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
             weight.copy_(folded)
         gain.fill_(1.0)
     return weights
+
+
+@torch.no_grad()
+def reorder_intermediate(layer: nn.Module, spec: LayerSpec, weights: dict[str, Tensor], order: Tensor) -> None:
+    """Put the MLP's intermediate channels in another order, in the layer and in what `fold_norms` returned of it."""
+    for name in (spec.gate, spec.up):
+        module = linear(layer, name)
+        weights[name] = weights[name][order]
+        module.weight.copy_(module.weight[order])
+        if module.bias is not None:
+            module.bias.copy_(module.bias[order])
+    weights[spec.down] = weights[spec.down][:, order]
+    linear(layer, spec.down).weight.copy_(linear(layer, spec.down).weight[:, order])
 
 
 @torch.no_grad()

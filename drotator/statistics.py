@@ -5,14 +5,18 @@ d = hidden_size, T = seqlen, N = calibration tokens. H = 2/N X X^T over the N in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from drotator.architecture import LayerCalls, LayerSpec, ModelSource, embed, hidden_states
+from drotator.architecture import LayerCalls, LayerSizes, LayerSpec, ModelSource, embed, hidden_states
+from drotator.resources import float32_products
+
+SENSITIVITY_BATCHES = 2
 
 
 @dataclass
@@ -21,11 +25,13 @@ class ActivationStream:
 
     hidden: batches (b, T, d) in the model's dtype. A layer that has been rotated by R1 is fed x R1, and its output is
     turned back by R1^T, so that every layer's statistics start from the dense model's basis.
+    dense: the same batches on their way through the dense model, if anything asks for them; else empty.
     """
 
     hidden: list[Tensor]
     calls: LayerCalls
     device: torch.device
+    dense: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def start(cls, source: ModelSource, windows: Tensor, batch_size: int, device: torch.device) -> ActivationStream:
@@ -33,12 +39,26 @@ class ActivationStream:
         hidden, calls = embed(source, windows, batch_size, device)
         return cls(hidden=hidden, calls=calls, device=device)
 
+    def fork(self) -> ActivationStream:
+        """A stream that starts here and goes its own way."""
+        return ActivationStream(hidden=list(self.hidden), calls=self.calls, device=self.device)
+
     def batches(self, index: int, R1: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the inputs of layer `index`, and the keyword arguments it is called with."""
         for hidden in self.hidden:
-            kwargs = self.calls[len(hidden)].per_layer[index]
-            hidden = hidden.to(self.device)
-            yield (hidden if R1 is None else hidden @ R1.to(hidden.dtype)), kwargs
+            yield rotated(hidden.to(self.device), R1), self.arguments(hidden, index)
+
+    def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
+        """Keyword arguments with which the model calls layer `index` for this batch."""
+        return self.calls[len(hidden)].per_layer[index]
+
+    @torch.no_grad()
+    def advance_dense(self, layer: nn.Module, index: int, inputs: list[Tensor]) -> None:
+        """Put into `dense` what the dense layer, in the dense model's basis, makes of inputs."""
+        with float32_products("high"):
+            self.dense = [
+                hidden_states(layer(hidden.to(self.device), **self.arguments(hidden, index))) for hidden in inputs
+            ]
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, index: int, R1: Tensor | None) -> None:
@@ -48,11 +68,17 @@ class ActivationStream:
         """
         is_finite = torch.ones((), dtype=torch.bool, device=self.device)
         for position, (inputs, kwargs) in enumerate(self.batches(index, R1)):
-            output = hidden_states(layer(inputs, **kwargs))
+            with float32_products("high"):
+                output = hidden_states(layer(inputs, **kwargs))
             is_finite &= output.isfinite().all()
             self.hidden[position] = output if R1 is None else output @ R1.mT.to(output.dtype)
         if not is_finite:
             raise RuntimeError(f"Layer {index}: its output is not finite on the calibration text.")
+
+
+def rotated(hidden: Tensor, R1: Tensor | None) -> Tensor:
+    """hidden @ R1 in the dtype of hidden; hidden itself without R1."""
+    return hidden if R1 is None else hidden @ R1.to(hidden.dtype)
 
 
 class _CollectedError(Exception):
@@ -85,7 +111,8 @@ def collect_hessians(
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             if inputs not in sums:
                 sums[inputs] = x.new_zeros(x.shape[-1], x.shape[-1])
-            sums[inputs].addmm_(x.mT, x)
+            with float32_products("highest"):
+                sums[inputs].addmm_(x.mT, x)
             num_tokens[inputs] += len(x)
             if inputs == last:
                 raise _CollectedError
@@ -98,7 +125,8 @@ def collect_hessians(
     try:
         for hidden, kwargs in stream.batches(index, R1):
             try:
-                layer(hidden, **kwargs)
+                with float32_products("high"):
+                    layer(hidden, **kwargs)
             except _CollectedError:
                 continue
     finally:
@@ -109,3 +137,45 @@ def collect_hessians(
         if not total.isfinite().all():
             raise RuntimeError(f"Layer {index}: the second moments of the inputs of {inputs} are not finite.")
     return sums
+
+
+def collect_sensitivities(
+    layer: nn.Module, spec: LayerSpec, sizes: LayerSizes, stream: ActivationStream, index: int, seed: int
+) -> dict[str, Tensor]:
+    """Measure what an error in each output of a linear does to the layer's output: E |dy|^2 = g_i E dz_i^2.
+
+    With J = dy/dz and white noise u, E (J^T u)(J^T u)^T = J^T J: one backward pass for each batch estimates it.
+
+    Returns: module name -> float32: query, key, gate, up (d_out,); value (k, h, h), moments within each head, as R2
+        mixes its outputs; output and down (): in the residual stream every direction counts alike.
+    """
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator(stream.device).manual_seed(seed)
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        layer.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+        for name in spec.linears
+    ]
+    num_tokens = 0
+    try:
+        for hidden, kwargs in itertools.islice(stream.batches(index, None), SENSITIVITY_BATCHES):
+            with torch.enable_grad(), float32_products("high"):
+                y = hidden_states(layer(hidden.detach().requires_grad_(), **kwargs))
+                noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+                gradients = torch.autograd.grad(y, list(outputs.values()), noise)
+            num_tokens += y.shape[0] * y.shape[1]
+            for name, gradient in zip(outputs, gradients, strict=True):
+                g = gradient.flatten(0, -2).float()
+                if name == spec.value:
+                    heads = g.unflatten(1, (sizes.num_key_value_heads, sizes.head_dim)).transpose(0, 1)  # (k, T, h)
+                    found = heads.mT @ heads
+                elif name in (spec.output, spec.down):
+                    found = g.square().mean(1).sum()
+                else:
+                    found = g.square().sum(0)
+                moments[name] = found + moments.get(name, 0)
+            outputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: moment / num_tokens for name, moment in moments.items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from drotator.config import OptimizerConfig
 from drotator.graphs import captured
@@ -30,42 +30,63 @@ class TrainedRotation:
 
 
 @torch.no_grad()
-def train_rotation(objective: ObjectiveWithGradients, start: Rotation, settings: OptimizerConfig) -> TrainedRotation:
+def train_rotation(
+    objective: ObjectiveWithGradients,
+    start: Rotation,
+    settings: OptimizerConfig,
+    *,
+    learns: Sequence[bool] = (True, True),
+    can_capture: bool = True,
+) -> TrainedRotation:
     """Minimise the objective over R1 and R2 together, and keep the best iterate.
 
     The best is chosen on the device and the history is read once at the end: the loop never waits for the device.
 
     Args:
         start: float32, on the device where the objective lives; steps are taken from there.
+        learns: whether R1, and whether R2, is changed at all.
+        can_capture: whether the objective does nothing but work on the device, so that a CUDA graph can replay it.
     Raises: RuntimeError if the objective is not finite at the start.
     """
-    groups = [OPTIMIZERS[settings.name](R.float(), settings.learning_rate) for R in (start.R1, start.R2)]
-    best = [group.rotation() for group in groups]
-    best_loss = torch.full((), torch.inf, device=start.R1.device)
-    losses: list[Tensor] = []
-    objective = captured(objective, *best)
-    for step in range(settings.steps + 1):
-        rotations = [group.rotation() for group in groups]
+    optimizers = [OPTIMIZERS[settings.name](R.float(), settings.learning_rate) for R in (start.R1, start.R2)]
+    best = [optimizer.rotation().clone() for optimizer in optimizers]
+    device = start.R1.device
+    best_loss = torch.full((), torch.inf, device=device)
+    history = torch.full((settings.steps + 1,), torch.nan, device=device)
+    step = torch.zeros((1,), dtype=torch.int64, device=device)
+
+    def take_step() -> None:
+        rotations = [optimizer.rotation() for optimizer in optimizers]
         loss, *gradients = objective(*rotations)
-        losses.append(loss)
+        loss = loss.float()
+        history.index_copy_(0, step, loss[None])
         is_better = loss < best_loss
-        best_loss = torch.where(is_better, loss, best_loss)
-        best = [torch.where(is_better, new, old) for new, old in zip(rotations, best, strict=True)]
-        if step < settings.steps:
-            for group, gradient in zip(groups, gradients, strict=True):
-                group.update(gradient, step / settings.steps)
-    history = torch.stack(losses).tolist()
-    if not math.isfinite(history[0]):
-        raise RuntimeError(f"the objective is not finite before the first step ({history[0]})")
+        best_loss.copy_(torch.where(is_better, loss, best_loss))
+        for new, old in zip(rotations, best, strict=True):
+            old.copy_(torch.where(is_better, new, old))
+        progress = (step / max(settings.steps, 1)).squeeze()
+        for optimizer, gradient, is_learned in zip(optimizers, gradients, learns, strict=True):
+            if is_learned:
+                optimizer.update(gradient, progress)
+        step.add_(1)
+
+    if can_capture and all(optimizer.can_capture for optimizer in optimizers):
+        state = [history, best_loss, step, *best, *(tensor for optimizer in optimizers for tensor in optimizer.state)]
+        take_step = captured(take_step, state)
+    for _ in range(settings.steps + 1):  # the last evaluates the last rotation; its update comes to nothing
+        take_step()
+    losses = history.tolist()
+    if not math.isfinite(losses[0]):
+        raise RuntimeError(f"the objective is not finite before the first step ({losses[0]})")
     rotation = Rotation(*best)
     orthogonality = rotation.orthogonality()
     return TrainedRotation(
         rotation=rotation,
-        objective_before=history[0],
+        objective_before=losses[0],
         objective_after=float(best_loss),
         orthogonality=orthogonality,
-        history=history,
-        warnings=watch(history[0], float(best_loss), orthogonality, history),
+        history=losses,
+        warnings=watch(losses[0], float(best_loss), orthogonality, losses),
     )
 
 

@@ -94,8 +94,8 @@ def test_a_rotation_comes_back_bitwise_with_its_training(run):
     assert torch.equal(found.rotation.R2, rotation.R2)
     assert (found.objective_before, found.objective_after, found.orthogonality) == (1.0, 0.5, 1e-7)
     assert (found.history, found.warnings) == ([1.0, 0.5], ["a warning"])
-    assert run.has_rotations(1)
-    assert not run.has_rotations(2)
+    assert run.has_rotations(range(1))
+    assert not run.has_rotations(range(2))
 
 
 def test_a_view_of_a_larger_tensor_is_stored_alone(tmp_path):

@@ -85,7 +85,7 @@ def rotated_tensors(model_folder: Path, dtype: torch.dtype = torch.float32) -> d
 
 def write_rotated(folder: Path, model_folder: Path, **settings: Any) -> Path:
     tensors = settings.pop("tensors", None) or rotated_tensors(model_folder)
-    arguments: dict[str, Any] = {"is_rotated": True, "untie": True, "metadata": METADATA} | settings
+    arguments: dict[str, Any] = {"boundaries": [0, 1], "untie": True, "metadata": METADATA} | settings
     write_checkpoint(folder, model_folder=model_folder, tensors=tensors.items(), **arguments)
     return folder
 
@@ -214,7 +214,7 @@ def test_a_plain_checkpoint_is_a_plain_model_of_its_family(family: str, tmp_path
         tmp_path / "plain",
         model_folder=model_folder,
         tensors=tensors.items(),
-        is_rotated=False,
+        boundaries=[],
         untie=False,
         metadata=METADATA | {"rotation": "none"},
     )
@@ -324,7 +324,7 @@ def test_tensors_are_drawn_one_shard_at_a_time(
         tmp_path / "rotated",
         model_folder=model_folder,
         tensors=stream(),
-        is_rotated=True,
+        boundaries=[0, 1],
         untie=True,
         metadata=METADATA,
         max_shard_bytes=20_000,
@@ -346,7 +346,7 @@ def test_an_error_in_the_stream_leaves_nothing_behind(tmp_path: Path, model_fold
             tmp_path / "rotated",
             model_folder=model_folder,
             tensors=stream(),
-            is_rotated=True,
+            boundaries=[0, 1],
             untie=True,
             metadata=METADATA,
             max_shard_bytes=5_000,
@@ -361,7 +361,7 @@ def test_an_error_while_overwriting_leaves_the_old_one(tmp_path: Path, model_fol
             rotated,
             model_folder=model_folder,
             tensors=((str(1 // 0), torch.zeros(1)) for _ in range(1)),
-            is_rotated=True,
+            boundaries=[0, 1],
             untie=True,
             metadata=METADATA,
             overwrite=True,

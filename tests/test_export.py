@@ -9,6 +9,7 @@ from tiny_text import byte_tokenizer, tiny_llama
 from drotator.architecture import ModelSource
 from drotator.artifacts import RunFolder
 from drotator.checkpoint import load_checkpoint
+from drotator.config import RotationConfig
 from drotator.export import checkpoint_tensors, export_checkpoint, merged_rotation
 from drotator.results import LayerResult
 from drotator.rotation import Rotation, fold_norms, merge_rotation
@@ -54,7 +55,7 @@ def run(tmp_path):
 def test_an_exported_model_has_the_logits_of_the_model_it_was_made_from(tmp_path, run, kind, tied):
     source = make_source(tmp_path / "model", tied=tied)
     fill(run, source, kind)
-    export_checkpoint(kind, run, source, {"rotation": kind})
+    export_checkpoint(RotationConfig(name=kind), run, source, {"rotation": kind})
     dense = load_checkpoint(source.folder)(TOKENS).logits
     exported = load_checkpoint(run.checkpoint)
     difference = (exported(TOKENS).logits - dense).abs().max()
@@ -67,7 +68,7 @@ def test_an_exported_model_has_the_logits_of_the_model_it_was_made_from(tmp_path
 def test_every_tensor_is_named_once_and_in_the_dtype_of_the_model(tmp_path, run, kind):
     source = make_source(tmp_path / "model", tied=True, dtype=torch.bfloat16)
     fill(run, source, kind)
-    tensors = list(checkpoint_tensors(kind, run, source))
+    tensors = list(checkpoint_tensors(RotationConfig(name=kind), run, source))
     names = [name for name, _ in tensors]
     assert len(names) == len(set(names))
     boundaries = [name for name in names if "boundary" in name]
@@ -79,7 +80,7 @@ def test_every_tensor_is_named_once_and_in_the_dtype_of_the_model(tmp_path, run,
 def test_products_are_rounded_once(tmp_path, run):
     source = make_source(tmp_path / "model", tied=True, dtype=torch.bfloat16)
     fill(run, source, "per_layer")
-    export_checkpoint("per_layer", run, source, {})
+    export_checkpoint(RotationConfig(), run, source, {})
     stored = load_file(run.checkpoint / "model.safetensors")
     R1 = [run.load_rotation(index).rotation.polished().R1 for index in range(3)]
     embedding = source.tensor("model.embed_tokens.weight").double()
@@ -97,9 +98,9 @@ def test_products_are_rounded_once(tmp_path, run):
 def test_an_exported_checkpoint_replaces_the_one_before_it(tmp_path, run):
     source = make_source(tmp_path / "model", tied=True)
     fill(run, source, "none")
-    export_checkpoint("none", run, source, {"pruner": "wanda"})
+    export_checkpoint(RotationConfig(name="none"), run, source, {"pruner": "wanda"})
     (run.checkpoint / "old").write_text("")
-    export_checkpoint("none", run, source, {"pruner": "sparsegpt"})
+    export_checkpoint(RotationConfig(name="none"), run, source, {"pruner": "sparsegpt"})
     assert not (run.checkpoint / "old").exists()
     assert "sparsegpt" in (run.checkpoint / "config.json").read_text()
 

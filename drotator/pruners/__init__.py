@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import PrunerConfig, SparsityConfig
+from drotator.pruners.admm import prune_admm
 from drotator.pruners.magnitude import prune_magnitude
 from drotator.pruners.masks import PrunedLinear, sparsity_of, validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
@@ -21,7 +22,12 @@ __all__ = ["PRUNERS", "PrunedLinear", "Pruner", "relative_error", "sparsity_of",
 Pruner = Callable[[Tensor, Tensor, SparsityConfig, PrunerConfig], PrunedLinear]
 """(W (d_out, d_in), H (d_in, d_in) = 2/N X X^T undamped, sparsity, settings) -> PrunedLinear. Writes into neither."""
 
-PRUNERS: dict[str, Pruner] = {"magnitude": prune_magnitude, "wanda": prune_wanda, "sparsegpt": prune_sparsegpt}
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": prune_magnitude,
+    "wanda": prune_wanda,
+    "sparsegpt": prune_sparsegpt,
+    "admm": prune_admm,
+}
 
 
 @torch.no_grad()

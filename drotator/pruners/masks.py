@@ -13,6 +13,8 @@ from torch import Tensor
 
 from drotator.config import SparsityConfig
 
+MAX_COMPARED = 32  # members of a group; the pairs to compare grow as its square
+
 
 class PrunedLinear(NamedTuple):
     """A linear after pruning.
@@ -57,12 +59,23 @@ def num_removed(sparsity: SparsityConfig, d_out: int, d_in: int) -> int:
 def grouped_mask(importance: Tensor, keep: int, group: int) -> Tensor:
     """Keep the `keep` largest of every `group` consecutive inputs.
 
+    Each weight is ranked by comparing it with the rest of its group: no sort, and no more memory than one copy of the
+    importances and a few bytes a weight.
+
     Args: importance: (d_out, d_in), d_in divisible by group.
     Returns: (d_out, d_in) bool.
     """
     groups = importance.reshape(-1, group)
-    kept = torch.full((groups.shape[0],), keep, device=importance.device)
-    return _largest(groups, kept).reshape(importance.shape)
+    if group > MAX_COMPARED:
+        return _largest(groups, torch.full((len(groups),), keep, device=groups.device), keep).reshape(importance.shape)
+    members = groups.T.contiguous()  # (group, groups), so that one comparison runs over all groups
+    # How many are ahead: at first all that come later, then each pair is settled, and a tie is the earlier one's.
+    ahead = torch.arange(group - 1, -1, -1, dtype=torch.uint8, device=members.device)[:, None].repeat(1, len(groups))
+    for distance in range(1, group):
+        earlier_wins = (members[:-distance] >= members[distance:]).view(torch.uint8)
+        ahead[:-distance] -= earlier_wins
+        ahead[distance:] += earlier_wins
+    return (ahead < keep).T.reshape(importance.shape)
 
 
 def row_mask(importance: Tensor, removed: int) -> Tensor:
@@ -74,7 +87,7 @@ def row_mask(importance: Tensor, removed: int) -> Tensor:
     """
     d_out, d_in = importance.shape
     bounds = torch.arange(d_out + 1, device=importance.device) * removed // d_out
-    return _largest(importance, d_in - bounds.diff())
+    return _largest(importance, d_in - bounds.diff(), d_in - removed // d_out)
 
 
 def matrix_mask(importance: Tensor, removed: int) -> Tensor:
@@ -83,15 +96,26 @@ def matrix_mask(importance: Tensor, removed: int) -> Tensor:
     Args: importance: (d_out, d_in); removed: 0 to d_out * d_in.
     Returns: (d_out, d_in) bool.
     """
-    kept = torch.full((1,), importance.numel() - removed, device=importance.device)
-    return _largest(importance.reshape(1, -1), kept).reshape(importance.shape)
+    kept = importance.numel() - removed
+    row = importance.reshape(1, -1)
+    return _largest(row, torch.full((1,), kept, device=row.device), kept).reshape(importance.shape)
 
 
-def _largest(importance: Tensor, kept: Tensor) -> Tensor:
-    """Mark the kept[i] largest of row i. A stable sort, not a threshold: counts stay exact when values are equal."""
-    order = importance.argsort(dim=1, descending=True, stable=True)
-    survives = torch.arange(importance.shape[1], device=importance.device) < kept[:, None]
-    return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order, survives)
+def _largest(importance: Tensor, kept: Tensor, most: int) -> Tensor:
+    """Mark the kept[i] largest of row i by a threshold, counting those that are equal to it so that counts stay exact.
+
+    torch.topk and not torch.kthvalue, which walks a row with one block of threads on a GPU (pytorch#75599).
+
+    Args:
+        importance: (rows, n), finite.
+        kept: (rows,) int64, each `most` or one less: then too the most-th largest bounds what stays.
+        most: 0 to n, known to the host so that nothing waits for the device.
+    """
+    top = importance.topk(max(most, 1), dim=1, sorted=False).values
+    threshold = top.amin(dim=1, keepdim=True)
+    equal_kept = kept - (top > threshold).sum(dim=1)
+    equal = importance == threshold
+    return (importance > threshold) | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= equal_kept[:, None]))
 
 
 def apply_mask(W: Tensor, mask: Tensor) -> Tensor:

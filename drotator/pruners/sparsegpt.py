@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import PrunerConfig, SparsityConfig
+from drotator.pruners import sweep_kernel
 from drotator.pruners.masks import PrunedLinear, grouped_mask, matrix_mask, num_removed, require_finite, validate
 
 logger = logging.getLogger(__name__)
@@ -93,21 +94,37 @@ def sweep(W: Tensor, U: Tensor, gain: Tensor, sparsity: SparsityConfig, block_si
     mask = torch.empty_like(columns, dtype=torch.bool)
     group = sparsity.group if sparsity.is_grouped else 1
     block_size = -(-block_size // group) * group
+    sweep_block = sweep_kernel.sweep_block if sweep_kernel.is_available(columns, block_size) else _sweep_block
     removed = num_removed(sparsity, d_out, d_in)
     for start in range(0, d_in, block_size):
         stop = min(start + block_size, d_in)
-        block, block_mask, factor = columns[start:stop], mask[start:stop], U[start:stop, start:stop]
-        errors = torch.empty_like(block)
+        block, block_mask = columns[start:stop], mask[start:stop]
         if not sparsity.is_grouped:
             share = stop * removed // d_in - start * removed // d_in
             block_mask.copy_(matrix_mask(block.square() * gain[start:stop, None], share))
-        for j in range(stop - start):
-            if sparsity.is_grouped and j % group == 0:
-                importance = block[j : j + group].square() * gain[start + j : start + j + group, None]
-                block_mask[j : j + group] = grouped_mask(importance.T, sparsity.keep, group).T
-            pruned = torch.where(block_mask[j], block[j], 0)
-            torch.div(block[j] - pruned, factor[j, j], out=errors[j])
-            block[j] = pruned
-            block[j + 1 :].addmm_(factor[j, j + 1 :, None], errors[j : j + 1], alpha=-1)
+        errors = sweep_block(block, block_mask, U[start:stop, start:stop], gain[start:stop], sparsity)
         columns[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     return columns.T.contiguous(), mask.T.contiguous()
+
+
+def _sweep_block(block: Tensor, mask: Tensor, factor: Tensor, gain: Tensor, sparsity: SparsityConfig) -> Tensor:
+    """Prune the columns of one block in order, each removal corrected by the columns of the block to come.
+
+    Args:
+        block: (width, d_out) weights, pruned in place.
+        mask: (width, d_out) bool, written for N:M and read otherwise.
+        factor: (width, width) upper, the block of U on its diagonal.
+        gain: (width,) importance of a squared weight.
+    Returns: errors (width, d_out), what was removed of each column over its U_jj.
+    """
+    errors = torch.empty_like(block)
+    for j in range(len(block)):
+        if sparsity.is_grouped and j % sparsity.group == 0:
+            members = slice(j, j + sparsity.group)
+            importance = block[members].square() * gain[members, None]
+            mask[members] = grouped_mask(importance.T, sparsity.keep, sparsity.group).T
+        pruned = torch.where(mask[j], block[j], 0)
+        torch.div(block[j] - pruned, factor[j, j], out=errors[j])
+        block[j] = pruned
+        block[j + 1 :].addmm_(factor[j, j + 1 :, None], errors[j : j + 1], alpha=-1)
+    return errors

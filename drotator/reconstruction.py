@@ -1,0 +1,113 @@
+"""Block reconstruction: the weights that survived pruning are tuned so that the layer puts out what it did before.
+
+Layer-wise pruning corrects every linear by itself. Here the whole layer, with its softmax and its gate, is the model of
+the error, and with the dense model's outputs as the target a layer also makes up for what those before it got wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from drotator.architecture import LayerSpec, hidden_states, linear
+from drotator.config import ReconstructConfig
+from drotator.resources import float32_products
+from drotator.statistics import ActivationStream, rotated
+
+WARM_UP = 0.05  # part of the steps over which the learning rate rises
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Mean over tokens of |y - target|^2 / |target|^2, on the calibration text: before and after."""
+
+    before: float
+    after: float
+
+
+def reconstruct_layer(
+    layer: nn.Module,
+    spec: LayerSpec,
+    stream: ActivationStream,
+    index: int,
+    R1: Tensor | None,
+    settings: ReconstructConfig,
+    seed: int,
+) -> Reconstruction:
+    """Tune the weights of the layer's pruned linears that are not zero, in place, against `stream.dense`.
+
+    Adam on float32 copies with a cosine schedule. Every token counts by its relative error, as the norms downstream
+    see it: some tokens of language models are a thousand times larger than the others. Zeros stay +0.0. If the error
+    did not fall the layer is left as it was.
+
+    Args:
+        layer: pruned, in the basis of R1; its inputs are those of `stream`.
+    Raises: RuntimeError if the error is not finite.
+    """
+    modules = {f"{name}.weight": linear(layer, name) for name in spec.linears}
+    masks = {name: module.weight != 0 for name, module in modules.items()}
+    weights = {name: module.weight.to(torch.float32, copy=True).requires_grad_() for name, module in modules.items()}
+    optimizer = torch.optim.Adam(list(weights.values()), lr=settings.learning_rate, betas=BETAS)
+    num_steps = settings.epochs * len(stream.hidden)
+    draw = random.Random(seed)
+    before = mean_error(layer, stream, index, R1)
+    for step in range(num_steps):
+        if step % len(stream.hidden) == 0:
+            order = draw.sample(range(len(stream.hidden)), len(stream.hidden))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule(step, num_steps)
+        batch = order[step % len(stream.hidden)]
+        with torch.enable_grad(), float32_products("high"):
+            cast = {name: weight.to(modules[name].weight.dtype) for name, weight in weights.items()}
+            loss = batch_error(layer, stream, index, R1, batch, cast)
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+        for weight, gradient, mask in zip(weights.values(), gradients, masks.values(), strict=True):
+            weight.grad = torch.where(mask, gradient, 0)
+        optimizer.step()
+    pruned = {name: module.weight.clone() for name, module in modules.items()}
+    with torch.no_grad():
+        for name, module in modules.items():
+            module.weight.copy_(torch.where(masks[name], weights[name], 0))
+    after = mean_error(layer, stream, index, R1)
+    if not math.isfinite(after):
+        raise RuntimeError(
+            f"Layer {index}: the error of its reconstruction is {after}. Lower reconstruct.learning_rate."
+        )
+    if after >= before:
+        with torch.no_grad():
+            for name, module in modules.items():
+                module.weight.copy_(pruned[name])
+        after = before
+    return Reconstruction(before, after)
+
+
+def batch_error(
+    layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None, batch: int, weights: dict[str, Tensor]
+) -> Tensor:
+    """Relative error of the layer's output on one batch, (), float32; `weights` stand in for the layer's own."""
+    hidden, target = (rotated(part[batch].to(stream.device), R1) for part in (stream.hidden, stream.dense))
+    output = hidden_states(functional_call(layer, weights, (hidden,), stream.arguments(hidden, index)))
+    error = (output.float() - target.float()).square().sum(-1)
+    return (error / target.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+@torch.no_grad()
+def mean_error(layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None) -> float:
+    """`batch_error` over all batches, each by its number of windows."""
+    errors = [batch_error(layer, stream, index, R1, batch, {}) for batch in range(len(stream.hidden))]
+    sizes = torch.tensor([len(hidden) for hidden in stream.hidden], device=stream.device)
+    return float((torch.stack(errors) * sizes).sum() / sizes.sum())
+
+
+def schedule(step: int, num_steps: int) -> float:
+    """Part of the learning rate: a linear rise, then a cosine to 0."""
+    rise = max(1, round(WARM_UP * num_steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, num_steps - rise)))

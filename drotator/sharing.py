@@ -1,0 +1,94 @@
+"""One R1 for a run of neighbouring layers: their problems are gathered first, then visited in every step of training.
+
+Problems stay on the device while they fit a share of its memory; the others lie in files and are read when their turn
+comes, so that memory does not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from drotator.architecture import LayerSizes
+from drotator.artifacts import save_tensors
+from drotator.config import PruneConfig
+from drotator.objectives import LayerProblem, Objective
+from drotator.pruning import objective_of
+
+DEVICE_SHARE = 0.4
+"""Part of the device's memory that is free at the start and may be filled with the problems of layers."""
+
+
+class ProblemStore(Sequence[Objective]):
+    """The objectives of a run of layers, in order; those that do not fit in memory are made anew at every access."""
+
+    def __init__(self, folder: Path, settings: PruneConfig, sizes: LayerSizes, device: torch.device) -> None:
+        self.folder, self.settings, self.sizes, self.device = folder, settings, sizes, device
+        self.budget = DEVICE_SHARE * free_memory(device)
+        self.resident: dict[int, tuple[LayerProblem, Objective]] = {}
+        self.count = 0
+
+    def append(self, problem: LayerProblem) -> None:
+        """Keep a layer's problem, in memory or as a file."""
+        needed = 2 * sum(tensor.nbytes for tensor in tensors_of(problem).values())  # the objective keeps a copy of most
+        if needed <= self.budget:
+            self.budget -= needed
+            self.resident[self.count] = (problem, objective_of(problem, self.settings))
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.file(self.count), tensors_of(problem), {})
+        self.count += 1
+
+    @property
+    def is_resident(self) -> bool:
+        return len(self.resident) == self.count
+
+    def problem(self, position: int) -> LayerProblem:
+        if position in self.resident:
+            return self.resident[position][0]
+        return problem_of(load_file(self.file(position), device=str(self.device)), self.sizes)
+
+    def __getitem__(self, position: int) -> Objective:  # type: ignore[override]
+        if not 0 <= position < self.count:
+            raise IndexError(position)
+        if position in self.resident:
+            return self.resident[position][1]
+        return objective_of(self.problem(position), self.settings)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def file(self, position: int) -> Path:
+        return self.folder / f"{position:03d}.safetensors"
+
+    def clear(self) -> None:
+        self.resident.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+PARTS = ("weights", "hessians", "sensitivities")
+
+
+def tensors_of(problem: LayerProblem) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(problem, part).items()}
+
+
+def problem_of(tensors: dict[str, Tensor], sizes: LayerSizes) -> LayerProblem:
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    return LayerProblem(parts["weights"], parts["hessians"], sizes, parts["sensitivities"])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, or in the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

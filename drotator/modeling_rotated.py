@@ -1,8 +1,9 @@
 """Models of the supported families with one linear map between consecutive decoder layers.
 
-When every layer is rotated into a basis of its own, the residual stream changes basis between layer l and layer l+1: a
-row vector h becomes h @ B with B = R1_l^T R1_{l+1}. The module `boundary` of layer l holds weight = B^T, so that
-linear(h) = h @ B. config.boundary_layers lists the layers that have one (by default all but the last). Each forward pass is the family's own, called through `super()`.
+When layers are rotated into different bases, the residual stream changes basis between layer l and layer l+1: a row
+vector h becomes h @ B with B = R1_l^T R1_{l+1}. The module `boundary` of layer l holds weight = B^T, so that
+linear(h) = h @ B. config.boundary_layers lists the layers that have one; by default all but the last. Each forward pass
+is the family's own, called through `super()`.
 
 This file is copied into checkpoints as their custom code, hence it imports torch and transformers only.
 """

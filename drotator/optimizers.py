@@ -85,7 +85,7 @@ class RiemannianAdam:
         self.first = torch.zeros_like(R)
         self.second = torch.zeros_like(R)
         self.step = torch.zeros((), device=R.device)
-        self.state = (self.R, self.first, self.second, self.step)
+        self.state: Sequence[Tensor] = (self.R, self.first, self.second, self.step)
 
     def rotation(self) -> Tensor:
         return self.R
@@ -115,7 +115,7 @@ class Spectral:
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.average = torch.zeros_like(R)
-        self.state = (self.R, self.average)
+        self.state: Sequence[Tensor] = (self.R, self.average)
 
     def rotation(self) -> Tensor:
         return self.R

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +65,7 @@ def reconstruct_layer(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, num_steps)
         batch = order[step % len(stream.hidden)]
-        with torch.enable_grad(), float32_products("high"):
+        with torch.enable_grad(), fast_products(stream.device):
             cast = {name: weight.to(modules[name].weight.dtype) for name, weight in weights.items()}
             loss = batch_error(layer, stream, index, R1, batch, cast)
             gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -87,6 +89,13 @@ def reconstruct_layer(
     return Reconstruction(before, after)
 
 
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let a float32 layer compute in bfloat16 where it is tuned on a GPU: what it is tuned by is far above rounding."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        yield
+
+
 def batch_error(
     layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None, batch: int, weights: dict[str, Tensor]
 ) -> Tensor:
@@ -100,7 +109,8 @@ def batch_error(
 @torch.no_grad()
 def mean_error(layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None) -> float:
     """`batch_error` over all batches, each by its number of windows."""
-    errors = [batch_error(layer, stream, index, R1, batch, {}) for batch in range(len(stream.hidden))]
+    with float32_products("high"):
+        errors = [batch_error(layer, stream, index, R1, batch, {}) for batch in range(len(stream.hidden))]
     sizes = torch.tensor([len(hidden) for hidden in stream.hidden], device=stream.device)
     return float((torch.stack(errors) * sizes).sum() / sizes.sum())
 

@@ -32,22 +32,22 @@ class ProblemStore(Sequence[Objective]):
         self.folder, self.settings, self.sizes, self.device = folder, settings, sizes, device
         self.budget = DEVICE_SHARE * free_memory(device)
         self.resident: dict[int, tuple[LayerProblem, Objective]] = {}
-        self.count = 0
+        self.length = 0
 
     def append(self, problem: LayerProblem) -> None:
         """Keep a layer's problem, in memory or as a file."""
         needed = 2 * sum(tensor.nbytes for tensor in tensors_of(problem).values())  # the objective keeps a copy of most
         if needed <= self.budget:
             self.budget -= needed
-            self.resident[self.count] = (problem, objective_of(problem, self.settings))
+            self.resident[self.length] = (problem, objective_of(problem, self.settings))
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.file(self.count), tensors_of(problem), {})
-        self.count += 1
+            save_tensors(self.file(self.length), tensors_of(problem), {})
+        self.length += 1
 
     @property
     def is_resident(self) -> bool:
-        return len(self.resident) == self.count
+        return len(self.resident) == self.length
 
     def problem(self, position: int) -> LayerProblem:
         if position in self.resident:
@@ -55,14 +55,14 @@ class ProblemStore(Sequence[Objective]):
         return problem_of(load_file(self.file(position), device=str(self.device)), self.sizes)
 
     def __getitem__(self, position: int) -> Objective:  # type: ignore[override]
-        if not 0 <= position < self.count:
+        if not 0 <= position < self.length:
             raise IndexError(position)
         if position in self.resident:
             return self.resident[position][1]
         return objective_of(self.problem(position), self.settings)
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def file(self, position: int) -> Path:
         return self.folder / f"{position:03d}.safetensors"

@@ -91,15 +91,17 @@ class RunFolder:
         return all(self.rotation_file(index).exists() for index in layers)
 
     def save_rotation(self, index: int, trained: TrainedRotation) -> None:
-        """Save R1 and R2 as learned, float32, and how the training went in the file's metadata."""
+        """Save R1 and R2 as learned, float32; in the file's metadata what R2 may be, and how the training went."""
         record = {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "rotation"}
-        tensors = {name: tensor for name, tensor in vars(trained.rotation).items() if tensor is not None}
+        record["value_map"] = trained.rotation.value_map
+        tensors = {name: tensor for name, tensor in vars(trained.rotation).items() if isinstance(tensor, Tensor)}
         save_tensors(self.rotation_file(index), tensors, {"training": json.dumps(record)})
 
     def load_rotation(self, index: int) -> TrainedRotation:
         """The layer's rotation as it was learned; its `polished()` is the one that was merged."""
         tensors, record = load_tensors(self.rotation_file(index), "training")
-        return TrainedRotation(Rotation(**tensors), **record)
+        value_map = record.pop("value_map", "orthogonal")  # older files do not say
+        return TrainedRotation(Rotation(**tensors, value_map=value_map), **record)
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))

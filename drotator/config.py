@@ -16,6 +16,7 @@ ROTATIONS = ("per_layer", "shared", "none")
 OBJECTIVES = ("entropy", "pruning_error")
 WEIGHTS = ("uniform", "sensitivity")
 PERMUTATIONS = ("none", "intermediate", "residual", "both")
+VALUE_MAPS = ("orthogonal", "invertible")
 RECONSTRUCTIONS = ("none", "block")
 SALIENCES = ("auto", "magnitude", "wanda", "obs", "sequential_obs")
 OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
@@ -109,6 +110,7 @@ class RotationConfig:
 
     groups: with shared, how many runs of neighbouring layers have an R1 of their own. R1, R2: whether it is learned.
     permute: the free permutations that are searched before: none, intermediate (of the MLP), residual, or both.
+    value_map: what R2 may be, between v and o: an orthogonal matrix (the paper), or any invertible one.
     """
 
     name: str = "per_layer"
@@ -116,10 +118,15 @@ class RotationConfig:
     R1: bool = True
     R2: bool = True
     permute: str = "none"
+    value_map: str = "orthogonal"
 
     def __post_init__(self) -> None:
         _one_of("rotation.name", self.name, ROTATIONS)
         _one_of("rotation.permute", self.permute, PERMUTATIONS)
+        _one_of("rotation.value_map", self.value_map, VALUE_MAPS)
+        _require(
+            self.R2 or self.value_map == "orthogonal", "rotation.value_map", self.value_map, "needs rotation.R2=true"
+        )
         _require(self.groups >= 1, "rotation.groups", self.groups, "1 or more")
         _require(self.groups == 1 or self.name == "shared", "rotation.groups", self.groups, "needs rotation=shared")
 
@@ -148,7 +155,7 @@ class ObjectiveConfig:
 
     name: str = "pruning_error"
     salience: str = "auto"
-    weights: str = "uniform"
+    weights: str = "sensitivity"
 
     def __post_init__(self) -> None:
         _one_of("objective.name", self.name, OBJECTIVES)
@@ -162,11 +169,13 @@ class OptimizerConfig:
 
     learning_rate: of Adam for adam_qr; of body-frame Adam at hidden_size 576 for riemannian_adam (scaled by
     sqrt(576 / hidden_size)); the first angle in radians for spectral.
+    warm_start: R1 starts from what the layers before have learned, not from the identity.
     """
 
     name: str = "spectral"
     steps: int = 200
     learning_rate: float = 0.15
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, OPTIMIZERS)
@@ -185,7 +194,7 @@ class ReconstructConfig:
     name: str = "none"
     target: str = "model"
     epochs: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         _one_of("reconstruct.name", self.name, RECONSTRUCTIONS)
@@ -262,6 +271,18 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _one_of("baseline", self.baseline, BASELINES)
+        if self.rotation.value_map == "invertible":
+            self._check_invertible_map()
+
+    def _check_invertible_map(self) -> None:
+        """Refuse what a map that stretches makes meaningless: a QR factor, an importance that sees no inputs, and the
+        entropy of columns, which falls as one row outgrows the others.
+        """
+        why = "rotation.value_map=invertible needs"
+        salience = self.pruner.name if self.objective.salience == "auto" else self.objective.salience
+        _require(self.optimizer.name != "adam_qr", "optimizer", "adam_qr", f"{why} riemannian_adam or spectral")
+        _require(self.objective.name == "pruning_error", "objective", self.objective.name, f"{why} pruning_error")
+        _require(salience != "magnitude", "objective.salience", salience, f"{why} wanda, obs or sequential_obs")
 
 
 @dataclass(kw_only=True, slots=True)

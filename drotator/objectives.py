@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
-from drotator.rotation import rotate_output_columns, rotate_value_rows
+from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(R1, R2) -> scalar float32, differentiable."""
@@ -25,11 +25,14 @@ ObjectiveWithGradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor
 """(R1, R2) -> loss, dL/dR1, dL/dR2."""
 
 PRUNER_SALIENCE = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "admm": "obs", "none": "wanda"}
-PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "sequential_obs", "admm": "sequential_obs"}
+PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "wanda", "admm": "wanda"}
 
 
 def chosen_salience(settings: ObjectiveConfig, pruner: str) -> str:
-    """The salience asked for; with auto the pruner's own, as the paper (entropy) or as the sweep uses it."""
+    """The salience asked for; with auto the paper's for entropy, and for pruning_error the one that measured best.
+
+    SparseGPT's own, sequential_obs, gives the same perplexity as wanda there and takes twice the time.
+    """
     if settings.salience != "auto":
         return settings.salience
     table = PRUNER_SALIENCE if settings.name == "entropy" else PRUNER_SALIENCE_OF_ERROR
@@ -203,13 +206,29 @@ def _removed(S: Tensor, sparsity: SparsityConfig) -> Tensor:
 
 
 def build_objective(
-    settings: ObjectiveConfig, salience: str, sparsity: SparsityConfig, problem: LayerProblem, damping: float
+    settings: ObjectiveConfig,
+    salience: str,
+    sparsity: SparsityConfig,
+    problem: LayerProblem,
+    damping: float,
+    value_map: str = "orthogonal",
 ) -> Objective:
     """Return the layer's objective as a function of (R1, R2).
 
     entropy (paper): over the rows of query, key, gate, up; the columns of down; both of value and output.
     pruning_error: of each linear the importance that the mask will remove, over tr(W H W^T), which no rotation changes.
+
+    With an invertible R2 = M, of each key/value head: W_v becomes M^T W_v, W_o becomes W_o N with N = M^-T, and the
+    moments of o's inputs M^T H M. An error E' in the merged W_v is E = N E' in the dense one. tr(W_o H W_o^T) is as
+    before, and so is what E' costs if it is weighed by what o makes of it, tr(G E H_v E^T) = tr(N^T G N E' H_v E'^T);
+    tr(W_v H_v W_v^T), which counts every output alike, is not, and could be had for nothing by a map that shrinks v.
+    So v's outputs count by G, moments (k, h, h): row i by (N^T G N)_ii, over tr(G W_v H_v W_v^T), which no map changes.
+    G is what the sensitivities say of v; without them `reader_moments`, o's own weights.
+
+    Args:
+        value_map: what R2 may be; see `Rotation`.
     """
+    assert value_map == "orthogonal" or salience != "magnitude", "PruneConfig refuses it: o's importance can be scaled"
     W, sizes = problem.weights, problem.sizes
     # Everything is kept as W^T: the inputs, which are grouped, then lie in the slow dimension.
     reads_attention = torch.cat([W["query"], W["key"], W["value"]]).mT.contiguous()
@@ -220,9 +239,11 @@ def build_objective(
     down_energy = None
     if salience != "magnitude" and "down" in problem.hessians:
         down_energy = column_energy(problem.hessians["down"], None, salience, damping)
-    G = problem.sensitivities
+    G = dict(problem.sensitivities)
+    if value_map == "invertible":
+        G.setdefault("value", reader_moments(W["output"], sizes))
     norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in W}
-    if G:  # errors of different linears are then comparable, and only their sum is normalised
+    if problem.sensitivities:  # errors of different linears are then comparable, and only their sum is normalised
         norms = dict.fromkeys(norms, torch.stack(list(norms.values())).sum())
 
     def energy(inputs: str, R: Tensor) -> Tensor | None:
@@ -230,35 +251,41 @@ def build_objective(
             return None
         return column_energy(problem.hessians[inputs], R, salience, damping)
 
-    def importances(R1: Tensor, R2: Tensor) -> dict[str, Tensor]:
+    def output_energy(R2_of_queries: Tensor) -> Tensor | None:
+        if value_map == "orthogonal":
+            return energy("output", torch.block_diag(*R2_of_queries))
+        # H is damped in the basis that the pruner sees, which only an orthogonal map makes the same as in any other.
+        half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
+        return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
+
+    def importances(R1: Tensor, R2: Tensor, R2_of_reader: Tensor) -> dict[str, Tensor]:
         """S^T, (d_in, d_out), of the linears; those that read the same inputs side by side."""
-        R2_of_queries = R2.repeat_interleave(sizes.queries_per_group, dim=0)
+        R2_of_queries, R2_of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
         attention = R1.mT @ reads_attention
         writes = writes_residual @ R1
         attention_energy, mlp_energy = energy("attention", R1), energy("mlp", R1)
-        output_energy = energy("output", torch.block_diag(*R2_of_queries))
         return {
             "query_key": _weigh(attention[:, :num_query_key], attention_energy),
             "value": _weigh(rotate_output_columns(attention[:, num_query_key:], R2, 1), attention_energy),
-            "output": _weigh(rotate_value_rows(writes[:num_output], R2_of_queries), output_energy),
+            "output": _weigh(rotate_value_rows(writes[:num_output], R2_of_readers), output_energy(R2_of_queries)),
             "gate_up": _weigh(R1.mT @ reads_mlp, mlp_energy),
             "down": _weigh(writes[num_output:], down_energy),
         }
 
     def entropy_objective(R1: Tensor, R2: Tensor) -> Tensor:
-        S = importances(R1, R2)
+        S = importances(R1, R2, inverse_transpose(R2, value_map))
         outputs = [entropy(S[name], 0) for name in ("query_key", "gate_up", "value", "output")]
         inputs = [entropy(S[name], 1) for name in ("down", "value", "output")]
         return torch.stack(outputs + inputs).sum()
 
     def pruning_error(R1: Tensor, R2: Tensor) -> Tensor:
-        S = importances(R1, R2)
+        R2_of_reader = inverse_transpose(R2, value_map)
+        S = importances(R1, R2, R2_of_reader)
         query, key = S["query_key"].split([len(W["query"]), len(W["key"])], dim=1)
         gate, up = S["gate_up"].chunk(2, dim=1)
         parts = {"query": query, "key": key, "gate": gate, "up": up, **{n: S[n] for n in ("value", "output", "down")}}
-        if G:
-            basis = {"value": R2, "output": R1, "down": R1}
-            parts = {name: part * output_weights(G[name], basis.get(name)) for name, part in parts.items()}
+        basis = {"value": R2_of_reader, "output": R1, "down": R1}
+        parts |= {name: parts[name] * output_weights(moments, basis.get(name)) for name, moments in G.items()}
         return torch.stack([_removed(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
 
     return {"entropy": entropy_objective, "pruning_error": pruning_error}[settings.name]
@@ -296,12 +323,22 @@ def output_weights(G: Tensor, R: Tensor | None) -> Tensor:
 
     Args:
         G: () the same for all outputs; (d_out,) one for each; (n, n) or (k, h, h) moments of what the outputs do.
-        R: (n, n) or (k, h, h), the rotation of the outputs.
+        R: (n, n) or (k, h, h), the basis of what reads the outputs: their rotation, M^-T for outputs mapped by M^T.
     Returns: () or (d_out,).
     """
     if G.ndim < 2 or R is None:
         return G
     return (R * (G @ R)).sum(-2).flatten()
+
+
+def reader_moments(W: Tensor, sizes: LayerSizes) -> Tensor:
+    """Sum W_o^T W_o over the query heads of each group, (k, h, h): what o makes of v's outputs, tokens apart.
+
+    Args:
+        W: (d, k q h), of o.
+    """
+    heads = W.unflatten(1, (sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim))
+    return torch.einsum("dgqi,dgqj->gij", heads, heads)
 
 
 def _norm(W: Tensor, H: Tensor | None, salience: str, G: Tensor | None) -> Tensor:

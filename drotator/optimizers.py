@@ -1,4 +1,5 @@
-"""Optimizers on the orthogonal group. Each holds its own parameters and knows the way from them to a rotation.
+"""Optimizers on the orthogonal group, and on that of the invertible matrices. Each holds its own parameters and knows
+the way from them to a rotation.
 
 R is (..., n, n): R1 as one matrix, R2 as a batch of them. G = dL/dR is the gradient in the ambient space. All float32.
 """
@@ -7,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from drotator.rotation import polar
+from drotator.rotation import inverse_transpose, polar
 
 RETRACTION_STEPS = 2
 MAX_STEP = 0.7
+FLOOR = 0.05
+"""The least singular value of an invertible map, where that of the identity is 1."""
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
 
@@ -36,6 +40,17 @@ class RotationOptimizer(Protocol):
     def update(self, G: Tensor, progress: Tensor) -> None: ...
 
 
+@dataclass(frozen=True)
+class Group:
+    """A group of matrices: which directions U lead along it from R, and where a step R <- R - R U ends.
+
+    project: the nearest direction to A, (..., n, n). step: (R, U) -> the next R, for a U of any size.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    step: Callable[[Tensor, Tensor], Tensor]
+
+
 class AdamQR:
     """The paper's optimizer: Adam on a free matrix A whose QR factor is the rotation, gradient norm clipped to 1.
 
@@ -47,7 +62,8 @@ class AdamQR:
     can_capture = False  # the QR waits for the device
     state: Sequence[Tensor] = ()
 
-    def __init__(self, R: Tensor, learning_rate: float) -> None:
+    def __init__(self, R: Tensor, learning_rate: float, value_map: str = "orthogonal") -> None:
+        assert value_map == "orthogonal", "PruneConfig refuses it: a QR factor is orthogonal"
         self.A = R.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.A], lr=learning_rate)
         self._decompose()
@@ -68,9 +84,10 @@ class AdamQR:
 
 
 class RiemannianAdam:
-    """Adam on the skew-symmetric gradient in the body frame, cosine schedule, Newton-Schulz retraction.
+    """Adam on the gradient in the body frame, skew-symmetric for a rotation; cosine schedule, Newton-Schulz retraction.
 
     Omega = (R^T G - G^T R) / 2; the second moment is symmetric, so the step U stays skew; R <- polar(R - R U).
+    An invertible map takes Omega = R^T G, and R <- R - R U is kept well-conditioned instead.
     All n (n - 1) / 2 planes are treated alike, where Adam on a QR factor favours the first columns.
     Adam's first steps are signs, whose spectral norm can be far above that of noise: a step is cut to MAX_STEP, inside
     the basin of the retraction.
@@ -78,8 +95,15 @@ class RiemannianAdam:
 
     can_capture = True
 
-    def __init__(self, R: Tensor, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+    def __init__(
+        self,
+        R: Tensor,
+        learning_rate: float,
+        value_map: str = "orthogonal",
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
         self.R = R.clone()
+        self.group = GROUPS[value_map]
         self.learning_rate = learning_rate * math.sqrt(REFERENCE_SIZE / R.shape[-1])
         self.betas = betas
         self.first = torch.zeros_like(R)
@@ -92,13 +116,13 @@ class RiemannianAdam:
 
     def update(self, G: Tensor, progress: Tensor) -> None:
         self.step.add_(1)
-        omega = skew(self.R.mT @ G)
+        omega = self.group.project(self.R.mT @ G)
         beta1, beta2 = self.betas
         self.first.lerp_(omega, 1 - beta1)
         self.second.lerp_(omega.square(), 1 - beta2)
         corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(G.dtype).tiny)
         U = self.first / corrected * (cosine(self.learning_rate, progress) / (1 - beta1**self.step))
-        self.R.copy_(retract(self.R, U))
+        self.R.copy_(self.group.step(self.R, U))
 
 
 class Spectral:
@@ -106,12 +130,14 @@ class Spectral:
 
     U = msign(momentum of Omega) is skew, and orthogonal on the planes that have momentum: retracting R - tan(a) R U
     turns those by the angle a and leaves the others alone. a follows a cosine from learning_rate (radians) to 0.
+    An invertible map takes the whole momentum: U is orthogonal, and stretches as well as turns.
     """
 
     can_capture = True
 
-    def __init__(self, R: Tensor, learning_rate: float, momentum: float = 0.9) -> None:
+    def __init__(self, R: Tensor, learning_rate: float, value_map: str = "orthogonal", momentum: float = 0.9) -> None:
         self.R = R.clone()
+        self.group = GROUPS[value_map]
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.average = torch.zeros_like(R)
@@ -122,19 +148,20 @@ class Spectral:
 
     def update(self, G: Tensor, progress: Tensor) -> None:
         R = self.R
-        omega = skew(R.mT @ G)
+        omega = self.group.project(R.mT @ G)
         size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
         self.average.lerp_(omega / size, 1 - self.momentum)
-        U = skew(matrix_sign(self.average))
+        U = self.group.project(matrix_sign(self.average))
         angle = cosine(self.learning_rate, progress).clamp_max(MAX_STEP)
-        self.R.copy_(retract(R, angle.tan() * U))
+        self.R.copy_(self.group.step(R, angle.tan() * U))
 
 
-OPTIMIZERS: dict[str, Callable[[Tensor, float], RotationOptimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
     "adam_qr": AdamQR,
     "riemannian_adam": RiemannianAdam,
     "spectral": Spectral,
 }
+"""(R, learning_rate, value_map="orthogonal") -> the optimizer that starts at R."""
 
 
 def retract(R: Tensor, U: Tensor) -> Tensor:
@@ -144,11 +171,30 @@ def retract(R: Tensor, U: Tensor) -> Tensor:
     known without forming that product.
     """
     square = U @ U
-    bound = square.abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
-    scale = (MAX_STEP / bound.clamp_min(MAX_STEP)).to(U.dtype)
+    scale = cut(square)
     U, square = U * scale, square * scale.square()
     turned = R - R @ U
     return polar(turned + 0.5 * turned @ square, RETRACTION_STEPS)
+
+
+def stretch(M: Tensor, U: Tensor) -> Tensor:
+    """Return M - M U for any U, (..., n, n), cut to a spectral norm of MAX_STEP, with a bounded condition number.
+
+    The cut leaves M invertible. Its size is free (v and o scale against each other), so it is brought to that of the
+    identity: then no singular value s is above sqrt(n). With N = M^-T, M + w N N^T N has s + w / s^3 in the place of s,
+    which is (4/3) (3 w)^(1/4) = FLOOR or more, and s but for 1 part in 10^4 from s = 0.3 on. So the condition number
+    stays below sqrt(n) / FLOOR, 160 for n = 64.
+    """
+    M = M - M @ (U * cut(U.mT @ U))
+    M = M * (math.sqrt(M.shape[-1]) / torch.linalg.matrix_norm(M, keepdim=True))
+    N = inverse_transpose(M, "invertible")
+    return M + (0.75 * FLOOR) ** 4 / 3 * N @ (N.mT @ N)
+
+
+def cut(square: Tensor) -> Tensor:
+    """Factor that brings |U|_2 <= sqrt(largest absolute row sum of U^T U) down to MAX_STEP. square: +-U^T U."""
+    bound = square.abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
+    return (MAX_STEP / bound.clamp_min(MAX_STEP)).to(square.dtype)
 
 
 def skew(A: Tensor) -> Tensor:
@@ -171,3 +217,7 @@ def matrix_sign(A: Tensor, steps: int = 6) -> Tensor:
         gram = X @ X.mT
         X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
     return polar(X, 2)
+
+
+GROUPS = {"orthogonal": Group(skew, retract), "invertible": Group(lambda A: A, stretch)}
+"""By the name of the map."""

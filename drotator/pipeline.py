@@ -49,7 +49,7 @@ from drotator.resources import (
     peak_memory,
     reset_peak_memory,
 )
-from drotator.results import LayerResult, Metrics, RunReport, first_value
+from drotator.results import LayerResult, Metrics, RunReport, details_of, first_value
 from drotator.rotation import Rotation, fold_norms, reorder_intermediate
 from drotator.sharing import ProblemStore
 from drotator.statistics import ActivationStream
@@ -171,7 +171,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
             **calibration.provenance(settings.calibration),
             **evaluation.provenance(settings.eval, job.tokenizer),
             "steps": settings.optimizer.steps,
-            "learning_rate": settings.optimizer.learning_rate,
+            **details_of(settings),
             "device": device_name(job.device),
             "dtype": job.source.dtype_name,
         },
@@ -256,11 +256,11 @@ def learn_shared_rotation(
             advance("")
     logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
     with watch.measure("rotate"):
-        start = starting_rotation(store.problem(0), len(group), settings)
+        start = starting_rotation(store.problem(0), len(group), settings, previous_rotation(run, group[0], settings))
         trained = learn_rotation(store, start, settings, can_capture=store.is_resident)
         identity = Rotation.identity(job.source.sizes, job.device)
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
-            rotation, objective = Rotation(trained.rotation.R1, R2, order), store[position]
+            rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
             if group[position] == job.source.num_layers // 2:
                 draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
             with torch.no_grad():
@@ -268,6 +268,13 @@ def learn_shared_rotation(
             one = dataclasses.replace(trained, rotation=rotation, objective_before=values[0], objective_after=values[1])
             run.save_rotation(group[position], one)
     store.clear()
+
+
+def previous_rotation(run: RunFolder, index: int, settings: PruneConfig) -> Tensor | None:
+    """The R1 that training starts from at layer `index`: the layer before's as it was learned, or None."""
+    if index == 0 or not settings.optimizer.warm_start:
+        return None
+    return run.load_rotation(index - 1).rotation.R1
 
 
 def prune_layer(
@@ -281,24 +288,26 @@ def prune_layer(
     """
     reset_peak_memory(context.stream.device)
     trained: TrainedRotation | None = None
-    R1, known = None, None
+    merged: Rotation | None = None
+    known = None
     if settings.rotation.name != "none" and is_alone:
         dense = open_layer(context, settings)
-        trained = learn_layer(dense, settings)
+        trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
             draw_importance(run, context.index, context.spec, dense.problem, trained.rotation, settings)
-        R1 = merge(context, dense.weights, trained.rotation).R1
+        merged = merge(context, dense.weights, trained.rotation)
         H = dense.problem.hessians.get("attention")
-        known = None if H is None else (R1.mT @ H.double() @ R1).float()
+        known = None if H is None else (merged.R1.mT @ H.double() @ merged.R1).float()
     elif settings.rotation.name != "none":
         trained = run.load_rotation(context.index)
         rotation = trained.rotation.to(context.stream.device)
         weights = fold_norms(context.layer, context.spec)
         if rotation.order is not None:
             reorder_intermediate(context.layer, context.spec, weights, rotation.order)
-        R1 = merge(context, weights, rotation).R1
-    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known)
+        merged = merge(context, weights, rotation)
+    R1, R2 = (merged.R1, merged.R2) if merged else (None, None)
+    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2)
     reconstruction = {}
     if settings.reconstruct.name != "none":
         with context.watch.measure("prune"):

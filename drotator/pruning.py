@@ -28,7 +28,7 @@ from drotator.permutation import search_order
 from drotator.pruners import PRUNERS, relative_error, sparsity_of
 from drotator.resources import Stopwatch
 from drotator.results import LinearResult
-from drotator.rotation import Rotation, fold_norms, merge_rotation, reorder_intermediate
+from drotator.rotation import Rotation, fold_norms, merge_rotation, reorder_intermediate, rotate_value_rows
 from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
 from drotator.training import TrainedRotation, train_rotation
 
@@ -96,15 +96,24 @@ def intermediate_order(W: Tensor, H: Tensor | None, salience: str, settings: Pru
 def objective_of(problem: LayerProblem, settings: PruneConfig) -> Objective:
     """The objective that the settings ask for, of one layer."""
     salience = chosen_salience(settings.objective, settings.pruner.name)
-    return build_objective(settings.objective, salience, settings.sparsity, problem, settings.pruner.damping)
+    return build_objective(
+        settings.objective, salience, settings.sparsity, problem, settings.pruner.damping, settings.rotation.value_map
+    )
 
 
-def starting_rotation(problem: LayerProblem, num_layers: int, settings: PruneConfig) -> Rotation:
-    """Where training starts: the identity, or a permutation of the residual channels. R2 is (num_layers k, h, h)."""
+def starting_rotation(
+    problem: LayerProblem, num_layers: int, settings: PruneConfig, previous: Tensor | None = None
+) -> Rotation:
+    """Where training starts. R2 is (num_layers k, h, h), the identity.
+
+    Args:
+        previous: (d, d), the R1 to start from: what the layers before have learned. Without it R1 starts from the
+            identity, or from a permutation of the residual channels.
+    """
     W = problem.weights["query"]
     start = Rotation.identity(problem.sizes, W.device)
-    R1 = start.R1
-    if settings.rotation.permute in ("residual", "both"):
+    R1 = start.R1 if previous is None else previous.to(W)
+    if previous is None and settings.rotation.permute in ("residual", "both"):
         salience = chosen_salience(settings.objective, settings.pruner.name)
         importances = []
         for name in ("query", "key", "value", "gate", "up"):
@@ -112,7 +121,7 @@ def starting_rotation(problem: LayerProblem, num_layers: int, settings: PruneCon
             S = S if H is None else S * column_energy(H, None, salience, settings.pruner.damping)
             importances.append(S.mT / S.sum())
         R1 = R1[:, search_order(importances, settings.sparsity, settings.seed)]
-    return Rotation(R1, start.R2.repeat(num_layers, 1, 1))
+    return Rotation(R1, start.R2.repeat(num_layers, 1, 1), value_map=settings.rotation.value_map)
 
 
 def learn_rotation(
@@ -128,20 +137,30 @@ def learn_rotation(
     )
 
 
-def learn_layer(dense: DenseLayer, settings: PruneConfig) -> TrainedRotation:
-    """Learn the rotation of one layer alone. Raises: RuntimeError that names the layer."""
+def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | None = None) -> TrainedRotation:
+    """Learn the rotation of one layer alone; its objective before is that without rotation.
+
+    Args:
+        previous: see `starting_rotation`.
+    Raises: RuntimeError that names the layer.
+    """
     context = dense.context
     with context.watch.measure("rotate"):
         try:
-            start = starting_rotation(dense.problem, 1, settings)
-            trained = learn_rotation([objective_of(dense.problem, settings)], start, settings)
+            start = starting_rotation(dense.problem, 1, settings, previous)
+            objective = objective_of(dense.problem, settings)
+            trained = learn_rotation([objective], start, settings)
         except RuntimeError as error:
             raise RuntimeError(f"Layer {context.index}: {error}") from error
-    return dataclasses.replace(trained, rotation=dataclasses.replace(trained.rotation, order=dense.order))
+        with torch.no_grad():
+            identity = Rotation.identity(context.sizes, context.stream.device)
+            before = float(objective(identity.R1, identity.R2))
+    rotation = dataclasses.replace(trained.rotation, order=dense.order)
+    return dataclasses.replace(trained, rotation=rotation, objective_before=before)
 
 
 def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotation) -> Rotation:
-    """Merge the rotation in the layer. Returns it as merged: orthogonal in float64."""
+    """Merge the rotation in the layer. Returns it as merged: orthogonal in float64, but for an invertible R2."""
     with context.watch.measure("rotate"):
         polished = rotation.polished()
         merge_rotation(context.layer, context.spec, context.sizes, polished, weights)
@@ -166,12 +185,14 @@ def prune_linears(
     sparsity: SparsityConfig,
     R1: Tensor | None,
     known: Tensor | None,
+    R2: Tensor | None = None,
 ) -> tuple[dict[str, LinearResult], dict[str, float]]:
     """Prune the layer's linears in place, in the order of the forward pass, with statistics collected again after each.
 
     Args:
         R1: (d, d) merged in the layer, or None.
         known: (d, d) H of the inputs of attention in the layer's present basis, if it is known already.
+        R2: (k, h, h) merged in the layer, or None. The error of v is that of its outputs before R2, which may stretch.
     Returns: the result of every linear, and the damping by linear where it had to be raised.
     Raises: RuntimeError that names the layer and the linear.
     """
@@ -198,6 +219,9 @@ def prune_linears(
                     module.weight.copy_(weight)
                     if pruned.damping > pruner.damping:
                         raised[name] = pruned.damping
-                error = relative_error(W, module.weight.float(), H)
+                before, after = W, module.weight.float()
+                if R2 is not None and name == context.spec.value:
+                    before, after = (rotate_value_rows(rows, torch.linalg.inv(R2).to(W)) for rows in (before, after))
+                error = relative_error(before, after, H)
                 results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error))
     return results, raised

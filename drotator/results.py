@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Metrics = dict[str, float]
@@ -59,6 +59,32 @@ class RunReport:
     peak_memory_bytes: dict[str, int]
     versions: dict[str, str]
     provenance: dict[str, object]
+
+
+ROTATION_DETAILS = {
+    "objective": ("salience", "weights"),
+    "optimizer": ("learning_rate", "warm_start"),
+    "rotation": ("groups", "R1", "R2", "permute", "value_map"),
+}
+DETAILS = {
+    **ROTATION_DETAILS,
+    "pruner": ("damping", "solve_steps"),
+    "reconstruct": ("name", "target", "epochs"),
+}
+"""Settings by group that a report names in its provenance, as "group.setting", beside those of the contract."""
+
+
+def detail_names(details: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(f"{group}.{name}" for group, names in details.items() for name in names)
+
+
+def details_of(settings: object) -> dict[str, object]:
+    """The values of DETAILS in the settings of a run."""
+    return {
+        name: getattr(getattr(settings, group), leaf)
+        for name in detail_names(DETAILS)
+        for group, leaf in [name.split(".")]
+    }
 
 
 def first_value(perplexities: Sequence[str], metrics: Metrics) -> float:

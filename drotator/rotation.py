@@ -6,6 +6,8 @@ linear that reads them becomes W R1 and one that writes them R1^T W (DenoiseRota
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,19 +18,24 @@ from drotator.architecture import LayerSizes, LayerSpec, linear
 
 POLISH_STEPS = 8
 POLISHED = 1e-12
+CONDITION_LIMIT = 1e3
+"""Condition number of an invertible R2 from which on the weights it is merged in round too coarsely."""
 
 
 @dataclass(frozen=True)
 class Rotation:
     """What is merged in a layer and leaves its function as it was.
 
-    R1: (d, d), of the residual stream. R2: (k, h, h), one for each key/value head. Orthogonal, float32 or 64.
+    R1: (d, d), of the residual stream. R2: (k, h, h), one for each key/value head. Float32 or 64.
     order: (m,) int64, the order in which the MLP's intermediate channels are put, or None to leave them.
+    value_map: "orthogonal": R1 and R2 are. "invertible": R1 is, and R2 is any map with an inverse: nothing stands
+    between v and o but sums over tokens, which commute with it, so that W_o R2^-T undoes R2^T W_v.
     """
 
     R1: Tensor
     R2: Tensor
     order: Tensor | None = None
+    value_map: str = "orthogonal"
 
     @classmethod
     def identity(cls, sizes: LayerSizes, device: torch.device | str = "cpu") -> Rotation:
@@ -45,17 +52,39 @@ class Rotation:
         return cls(R1, torch.stack(heads))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rotation:
+        R1, R2 = (R.to(device=device, dtype=dtype) for R in (self.R1, self.R2))
         order = None if self.order is None else self.order.to(device)
-        return Rotation(self.R1.to(device=device, dtype=dtype), self.R2.to(device=device, dtype=dtype), order)
+        return dataclasses.replace(self, R1=R1, R2=R2, order=order)
+
+    @property
+    def is_orthogonal(self) -> bool:
+        return self.value_map == "orthogonal"
 
     def orthogonality(self) -> float:
-        """Largest entry of |R^T R - I| over R1 and R2, computed in float64."""
-        return max(float((R.double().mT @ R.double() - eye_like(R).double()).abs().max()) for R in (self.R1, self.R2))
+        """Largest entry of |R^T R - I| over the matrices that have to be orthogonal, computed in float64."""
+        checked = (self.R1, self.R2) if self.is_orthogonal else (self.R1,)
+        return max(float((R.double().mT @ R.double() - eye_like(R).double()).abs().max()) for R in checked)
+
+    def condition(self) -> float:
+        """Largest condition number of R2's matrices, nan if one is not finite, computed in float64."""
+        if not self.R2.isfinite().all():
+            return math.nan
+        return float(torch.linalg.cond(self.R2.double()).max())
 
     def polished(self) -> Rotation:
-        """Return the nearest orthogonal matrices in float64. Raises: RuntimeError if they are not near."""
-        R1, R2 = (polar(R.double(), POLISH_STEPS) for R in (self.R1, self.R2))
-        polished = Rotation(R1, R2, self.order)
+        """Return the rotation in float64: the nearest orthogonal matrices, an invertible R2 as it is.
+
+        Raises: RuntimeError if they are not near, or R2 is nearly singular.
+        """
+        R2 = self.R2.double()
+        if self.is_orthogonal:
+            R2 = polar(R2, POLISH_STEPS)
+        elif not (condition := self.condition()) < CONDITION_LIMIT:
+            raise RuntimeError(
+                f"the map between v and o is nearly singular: its condition number is {condition:.2g}, "
+                f"over {CONDITION_LIMIT:g}. Lower optimizer.learning_rate, or use rotation.value_map=orthogonal"
+            )
+        polished = dataclasses.replace(self, R1=polar(self.R1.double(), POLISH_STEPS), R2=R2)
         if not polished.orthogonality() < POLISHED:
             raise RuntimeError(f"a rotation is not orthogonal: |R^T R - I| = {self.orthogonality():.2g}")
         return polished
@@ -63,6 +92,14 @@ class Rotation:
 
 def eye_like(R: Tensor) -> Tensor:
     return torch.eye(R.shape[-1], device=R.device, dtype=R.dtype)
+
+
+def inverse_transpose(R2: Tensor, value_map: str) -> Tensor:
+    """Return R2^-T, (..., h, h): what W_o is multiplied by where W_v is by R2^T. An orthogonal matrix is its own.
+
+    Differentiable. Asking whether the inverse exists would wait for the device; without one the result is not finite.
+    """
+    return R2 if value_map == "orthogonal" else torch.linalg.inv_ex(R2).inverse.mT
 
 
 def polar(R: Tensor, steps: int) -> Tensor:
@@ -126,7 +163,7 @@ def merge_rotation(
         writer = linear(layer, name)
         weight = R1.mT @ weights[name].double()
         if name == spec.output:
-            weight = rotate_output_columns(weight, R2, sizes.queries_per_group)
+            weight = rotate_output_columns(weight, inverse_transpose(R2, rotation.value_map), sizes.queries_per_group)
         writer.weight.copy_(weight)
         if writer.bias is not None:
             writer.bias.copy_(writer.bias.double() @ R1)
@@ -142,7 +179,7 @@ def rotate_value_rows(W: Tensor, R2: Tensor) -> Tensor:
 
 
 def rotate_output_columns(W: Tensor, R2: Tensor, queries_per_group: int) -> Tensor:
-    """Columns of every query head by the R2 of its group: (n, k q h) -> (n, k q h), q = queries_per_group."""
+    """Columns of every query head by the matrix of its group: (n, k q h) -> (n, k q h), q = queries_per_group."""
     k, h, _ = R2.shape
     heads = W.reshape(len(W), k, queries_per_group, h)
     return torch.einsum("ngqh,ghi->ngqi", heads, R2).reshape(W.shape)

@@ -16,13 +16,13 @@ from rich.text import Text
 from drotator.config import PERPLEXITY_SETS
 from drotator.console import clock, console
 from drotator.plots import METRIC_NAMES
-from drotator.results import Metrics, RunReport
+from drotator.results import DETAILS, ROTATION_DETAILS, Metrics, RunReport, detail_names
 
 NAMES = ("model", "pruner", "sparsity", "rotation", "objective", "optimizer")
 EVALUATION = ("seqlen", "windows", "tasks_limit", "batch_size")
 # Of the provenance, what must be equal before plain and rotated may be compared.
 CONDITIONS = ("dataset", "calibration_samples", "calibration_seqlen", "calibration_seed", "dtype", *EVALUATION)
-SETTINGS = (*NAMES, "steps", "seed", *CONDITIONS)
+SETTINGS = (*NAMES, "steps", *detail_names(DETAILS), "seed", *CONDITIONS)
 UNUSED = "-"
 MAX_WARNINGS = 10
 
@@ -122,8 +122,11 @@ def run_settings(report: RunReport) -> dict[str, object]:
     """Return what tells one run from another; without rotation, what trains it is unused."""
     settings: dict[str, object] = {name: getattr(report, name) for name in (*NAMES, "seed")}
     settings |= {name: report.provenance.get(name, "unknown") for name in ("steps", *CONDITIONS)}
+    settings |= {name: report.provenance.get(name, UNUSED) for name in detail_names(DETAILS)}
     if report.rotation == "none":
-        settings |= dict.fromkeys(("objective", "optimizer", "steps"), UNUSED)
+        settings |= dict.fromkeys(("objective", "optimizer", "steps", *detail_names(ROTATION_DETAILS)), UNUSED)
+    if settings["reconstruct.name"] == "none":
+        settings |= dict.fromkeys(("reconstruct.target", "reconstruct.epochs"), UNUSED)
     return {name: settings[name] for name in SETTINGS}
 
 

@@ -48,7 +48,11 @@ def train_rotation(
         can_capture: whether the objective does nothing but work on the device, so that a CUDA graph can replay it.
     Raises: RuntimeError if the objective is not finite at the start.
     """
-    optimizers = [OPTIMIZERS[settings.name](R.float(), settings.learning_rate) for R in (start.R1, start.R2)]
+    build, learning_rate = OPTIMIZERS[settings.name], settings.learning_rate
+    optimizers = [
+        build(start.R1.float(), learning_rate),
+        build(start.R2.float(), learning_rate, value_map=start.value_map),
+    ]
     best = [optimizer.rotation().clone() for optimizer in optimizers]
     device = start.R1.device
     best_loss = torch.full((), torch.inf, device=device)
@@ -78,7 +82,7 @@ def train_rotation(
     losses = history.tolist()
     if not math.isfinite(losses[0]):
         raise RuntimeError(f"the objective is not finite before the first step ({losses[0]})")
-    rotation = Rotation(*best)
+    rotation = Rotation(best[0], best[1], value_map=start.value_map)
     orthogonality = rotation.orthogonality()
     return TrainedRotation(
         rotation=rotation,

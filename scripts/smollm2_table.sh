@@ -1,29 +1,49 @@
 #!/usr/bin/env bash
-# The README's table: SmolLM2-135M-Instruct, C4 calibration 128 x 2048, WikiText-2 and C4 perplexity, five zero-shot tasks.
-# Expected: the values in README.md within 3%. Cost: 2 to 4 minutes for each of the 16 runs on one H200.
-# Usage: [JOBS=3] scripts/smollm2_table.sh FOLDER [overrides for every run]
+# The README's tables: SmolLM2-135M-Instruct, C4 calibration 128 x 2048, WikiText-2 and C4 perplexity, five zero-shot tasks.
+# Expected: the values in README.md within 3%. Cost on one H100: 2 minutes a run, half of that with JOBS=3.
+# Usage: [JOBS=3] scripts/smollm2_table.sh PART FOLDER [overrides for every run]
+#   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds), or all
 set -euo pipefail
-export folder=$1
-shift
+part=$1
+export folder=$2
+shift 2
 export DROTATOR=${DROTATOR:-drotator} common="$*"
 
 # name of the run's folder, then its overrides
-runs() {
-    echo "sparsegpt-2of4-none eval=full pruner=sparsegpt sparsity=2of4 rotation=none"
-    echo "sparsegpt-2of4-per_layer eval=full pruner=sparsegpt sparsity=2of4"
-    echo "sparsegpt-2of4-paper eval=perplexity pruner=sparsegpt sparsity=2of4 objective=entropy optimizer=adam_qr optimizer.steps=400"
-    echo "sparsegpt-2of4-entropy eval=perplexity pruner=sparsegpt sparsity=2of4 objective=entropy optimizer=riemannian_adam"
-    echo "sparsegpt-50-entropy eval=perplexity pruner=sparsegpt sparsity=50 objective=entropy optimizer=riemannian_adam"
-    echo "wanda-2of4-entropy eval=perplexity pruner=wanda sparsity=2of4 objective=entropy optimizer=riemannian_adam"
-    echo "wanda-2of4-none eval=full pruner=wanda sparsity=2of4 rotation=none"
-    echo "wanda-2of4-per_layer eval=full pruner=wanda sparsity=2of4"
+paper() {
+    echo "sparsegpt-2of4-paper eval=perplexity objective=entropy optimizer=adam_qr optimizer.steps=400"
+    echo "sparsegpt-2of4-entropy eval=perplexity objective=entropy optimizer=riemannian_adam"
+    echo "sparsegpt-50-entropy eval=perplexity sparsity=50 objective=entropy optimizer=riemannian_adam"
+    echo "wanda-2of4-entropy eval=perplexity pruner=wanda objective=entropy optimizer=riemannian_adam"
     for pruner in sparsegpt wanda magnitude; do
-        echo "$pruner-50-none eval=full pruner=$pruner sparsity=50 rotation=none"
-        echo "$pruner-50-per_layer eval=full pruner=$pruner sparsity=50"
+        for sparsity in 2of4 50; do
+            echo "$pruner-$sparsity-none eval=full pruner=$pruner sparsity=$sparsity rotation=none"
+            echo "$pruner-$sparsity-per_layer eval=full pruner=$pruner sparsity=$sparsity"
+        done
     done
-    echo "magnitude-2of4-none eval=full pruner=magnitude sparsity=2of4 rotation=none"
-    echo "magnitude-2of4-per_layer eval=full pruner=magnitude sparsity=2of4"
 }
+
+ours() {
+    echo "sparsegpt-2of4-shared-reconstruct eval=full rotation=shared reconstruct=block"
+    echo "sparsegpt-2of4-per_layer-reconstruct eval=full reconstruct=block"
+    echo "admm-2of4-per_layer-reconstruct eval=full pruner=admm reconstruct=block"
+    echo "admm-2of4-per_layer eval=full pruner=admm"
+    echo "sparsegpt-2of4-shared eval=full rotation=shared"
+    echo "sparsegpt-2of4-none-reconstruct eval=perplexity rotation=none reconstruct=block"
+    echo "admm-2of4-none eval=perplexity pruner=admm rotation=none"
+    echo "sparsegpt-2of4-per_layer-400 eval=perplexity optimizer.steps=400"
+    echo "sparsegpt-2of4-per_layer-solve eval=perplexity pruner.solve_steps=10"
+    echo "sparsegpt-2of4-shared-5 eval=perplexity rotation=shared rotation.groups=5"
+}
+
+seeds() {
+    for seed in 1 2; do
+        echo "sparsegpt-2of4-per_layer-seed$seed eval=perplexity calibration.seed=$seed"
+        echo "sparsegpt-2of4-none-seed$seed eval=perplexity rotation=none calibration.seed=$seed"
+    done
+}
+
+all() { paper && ours && seeds; }
 
 run() {
     local name=$1
@@ -33,4 +53,4 @@ run() {
 }
 export -f run
 
-runs | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE"
+"$part" | xargs -P "${JOBS:-1}" -I LINE bash -c "run LINE"

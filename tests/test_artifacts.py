@@ -98,6 +98,23 @@ def test_a_rotation_comes_back_bitwise_with_its_training(run):
     assert not run.has_rotations(range(2))
 
 
+@pytest.mark.parametrize("value_map", ["orthogonal", "invertible"])
+def test_a_rotation_comes_back_as_what_its_r2_may_be(run, value_map):
+    rotation = Rotation(torch.eye(4), torch.randn(2, 3, 3), torch.arange(5), value_map)
+    run.save_rotation(0, TrainedRotation(rotation, 1.0, 0.5, 1e-7))
+    found = run.load_rotation(0).rotation
+    assert found.value_map == value_map
+    assert torch.equal(found.order, rotation.order)
+    assert torch.equal(found.R2, rotation.R2)
+
+
+def test_a_rotation_of_a_file_that_does_not_say_is_orthogonal(run):
+    record = {"objective_before": 1.0, "objective_after": 0.5, "orthogonality": 0.0}
+    tensors = {"R1": torch.eye(4), "R2": torch.eye(3)[None]}
+    save_tensors(run.rotation_file(0), tensors, {"training": json.dumps(record)})
+    assert run.load_rotation(0).rotation.value_map == "orthogonal"
+
+
 def test_a_view_of_a_larger_tensor_is_stored_alone(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": torch.randn(100, 100).mT[:2]}, {})
     assert (tmp_path / "a.safetensors").stat().st_size < 2000

@@ -21,11 +21,12 @@ ROOT = Path(__file__).parent.parent
 OPTIONS = {
     "model": "smollm2-135m llama3-8b llama3-70b llama3.2-1b llama2-7b llama2-13b llama2-70b mistral-7b qwen2.5-7b "
     "qwen2.5-14b qwen2.5-32b qwen2.5-72b qwen3-8b local",
-    "pruner": "magnitude wanda sparsegpt none",
+    "pruner": "magnitude wanda sparsegpt admm none",
     "sparsity": "50 60 70 2of4 4of8",
     "rotation": "per_layer shared none",
     "objective": "entropy pruning_error",
     "optimizer": "adam_qr riemannian_adam spectral",
+    "reconstruct": "none block",
     "calibration": "auto c4 wikitext2 local embedded",
     "eval": "auto full perplexity zeroshot quick none embedded",
     "cluster": "local slurm",
@@ -68,7 +69,19 @@ def test_every_option_composes_and_validates(word: str) -> None:
     assert plan("prune", [*sweep, word, *NEEDED.get(word, [])]).words
 
 
-@pytest.mark.parametrize("name", group_options("experiment"))
+ABLATIONS = [name for name in group_options("experiment") if name.startswith("ablation")]
+PUBLISHED = [name for name in group_options("experiment") if name not in ABLATIONS]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_composes_on_the_real_model_and_is_a_sweep(name: str) -> None:
+    settings = settings_of("prune", f"+experiment={name}")
+    assert (settings.model.name, settings.pruner.name, settings.sparsity.label) == ("smollm2-135m", "sparsegpt", "2of4")
+    assert (settings.calibration.dataset, settings.eval.perplexity, settings.eval.tasks) == ("c4", ["wikitext2"], [])
+    assert plan("prune", [f"+experiment={name}"]).is_sweep == (name != "ablation")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_experiment_composes_and_says_what_to_expect(name: str) -> None:
     settings = settings_of("prune", f"+experiment={name}")
     assert settings.objective.name == "entropy"

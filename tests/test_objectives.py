@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from tiny_models import stretched
 from torch import Tensor
 
 from drotator.architecture import PRE_NORM, LayerSizes
@@ -19,6 +21,7 @@ from drotator.objectives import (
     column_energy,
     entropy,
     needed_hessians,
+    reader_moments,
     removed_importance,
     with_gradients,
 )
@@ -314,7 +317,7 @@ def test_objectives_of_several_layers_add_up_over_one_r1_and_each_its_own_r2() -
     [
         ("magnitude", "magnitude", "magnitude"),
         ("wanda", "wanda", "wanda"),
-        ("sparsegpt", "obs", "sequential_obs"),
+        ("sparsegpt", "obs", "wanda"),
         ("none", "wanda", "wanda"),
     ],
 )
@@ -330,3 +333,145 @@ def test_a_problem_takes_weights_by_their_module_names_in_float32() -> None:
     assert found.weights.keys() == NUM_ROWS.keys()
     for name, W in found.weights.items():
         assert torch.equal(W, problem().weights[name].float())
+
+
+# An invertible map in the place of R2.
+
+
+def weighed(layer: LayerProblem) -> LayerProblem:
+    """The layer with a sensitivity for every linear, of the shapes that `collect_sensitivities` gives."""
+    blocks = torch.stack([moments(12, 70), moments(12, 80)])
+    rows = {
+        name: torch.rand(NUM_ROWS[name], generator=generator(90)).double() for name in ("query", "key", "gate", "up")
+    }
+    scalars = {"output": torch.tensor(0.7).double(), "down": torch.tensor(1.3).double()}
+    return dataclasses.replace(layer, sensitivities={"value": blocks, **rows, **scalars})
+
+
+def mapped(layer: LayerProblem, rotation: Rotation) -> LayerProblem:
+    """Merge an invertible map, written out as block-diagonal matrices, in weights, moments and sensitivities."""
+    N = torch.linalg.inv(rotation.R2).mT
+    merged = rotated(layer, rotation)
+    weights = dict(merged.weights)
+    weights["output"] = rotation.R1.T @ layer.weights["output"] @ torch.block_diag(N[0], N[0], N[1], N[1])
+    G = dict(layer.sensitivities)
+    if "value" in G:
+        G["value"] = torch.stack([n.T @ g @ n for n, g in zip(N, G["value"], strict=True)])
+    return dataclasses.replace(merged, weights=weights, sensitivities=G)
+
+
+def invertible_objective(
+    layer: LayerProblem, salience: str = "sequential_obs", sparsity: SparsityConfig = TWO_OF_FOUR
+) -> Objective:
+    return build_objective(ObjectiveConfig(name="pruning_error"), salience, sparsity, layer, DAMPING, "invertible")
+
+
+def random_map(seed: int = 5) -> Rotation:
+    return stretched(random_rotation(seed))
+
+
+by_weights = pytest.mark.parametrize("is_weighed", [False, True], ids=["uniform", "sensitivity"])
+by_seen_inputs = pytest.mark.parametrize("salience", ["wanda", "obs", "sequential_obs"])
+
+
+def layer_of(is_weighed: bool) -> LayerProblem:
+    return weighed(problem()) if is_weighed else problem()
+
+
+@by_weights
+@by_seen_inputs
+@by_sparsity
+def test_an_objective_at_an_invertible_map_is_that_of_the_merged_layer_at_the_identity(
+    salience: str, sparsity: SparsityConfig, is_weighed: bool
+) -> None:
+    layer, at, identity = layer_of(is_weighed), random_map(), Rotation.identity(SIZES).to(dtype=torch.float64)
+    found = invertible_objective(layer, salience, sparsity)(at.R1, at.R2)
+    merged = invertible_objective(mapped(layer, at), salience, sparsity)(identity.R1, identity.R2)
+    torch.testing.assert_close(found, merged, rtol=1e-9, atol=0)
+    unmapped = invertible_objective(layer, salience, sparsity)(at.R1, identity.R2)
+    assert abs(float(unmapped / found) - 1) > 1e-3  # a map that nothing looks at would be seen
+
+
+@by_seen_inputs
+def test_the_error_of_v_counts_by_what_o_makes_of_it(salience: str) -> None:
+    layer, at = problem(), random_map()
+    merged = mapped(layer, at)
+    S, G = importances(merged, salience)["value"], torch.zeros(24, dtype=torch.float64)
+    dense = torch.zeros(24, 24, dtype=torch.float64)
+    for head in range(4):
+        group = slice(12 * (head // 2), 12 * (head // 2) + 12)
+        G[group] += merged.weights["output"][:, 12 * head : 12 * head + 12].square().sum(0)
+        reader = layer.weights["output"][:, 12 * head : 12 * head + 12]
+        dense[group, group] += reader.T @ reader
+    W, H, H_merged = layer.weights["value"], layer.hessians["attention"], merged.hessians["attention"]
+    value = removed_reference(G[:, None] * S, TWO_OF_FOUR) / float(torch.trace(dense @ W @ H @ W.T))
+    own = removed_reference(S, TWO_OF_FOUR) / output_energy(merged.weights["value"], H_merged, salience)
+    expected = pruning_error_reference(merged, salience, TWO_OF_FOUR) - own + value
+    assert float(invertible_objective(layer, salience)(at.R1, at.R2)) == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(torch.block_diag(*reader_moments(layer.weights["output"], SIZES)), dense)
+
+
+@by_weights
+def test_the_energies_that_errors_are_measured_by_are_those_of_every_map(is_weighed: bool) -> None:
+    layer, at = layer_of(is_weighed), random_map()
+    energies = []
+    for each in (layer, mapped(layer, at)):
+        blocks = each.sensitivities.get("value", reader_moments(each.weights["output"], SIZES))
+        W, H = each.weights["value"], each.hessians["attention"]
+        energies.append(float(torch.trace(torch.block_diag(*blocks) @ W @ H @ W.T)))
+        energies.append(output_energy(each.weights["output"], each.hessians["output"], "wanda"))
+    assert energies[2:] == pytest.approx(energies[:2])
+    unweighed = [
+        output_energy(e.weights["value"], e.hessians["attention"], "wanda") for e in (layer, mapped(layer, at))
+    ]
+    assert unweighed[1] != pytest.approx(unweighed[0], rel=0.1)
+
+
+@by_seen_inputs
+def test_an_orthogonal_matrix_is_a_map_like_any_other(salience: str) -> None:
+    layer, at = weighed(problem()), random_rotation()
+    leaves = (at.R1.requires_grad_(), at.R2.requires_grad_())
+    orthogonal, invertible = objective_of("pruning_error", salience, layer=layer), invertible_objective(layer, salience)
+    torch.testing.assert_close(orthogonal(*leaves), invertible(*leaves), rtol=1e-9, atol=0)
+    # The gradients agree along rotations, and nowhere else is the orthogonal path right.
+    (_, A), (_, B) = (torch.autograd.grad(objective(*leaves), leaves) for objective in (orthogonal, invertible))
+    turns = [at.R2.detach().mT @ G for G in (A, B)]
+    torch.testing.assert_close(*(turn - turn.mT for turn in turns), rtol=1e-7, atol=1e-10)
+    assert (A - B).norm() > 1e-3 * A.norm()
+
+
+@by_weights
+@by_seen_inputs
+def test_a_map_that_only_scales_changes_nothing(salience: str, is_weighed: bool) -> None:
+    objective, at = invertible_objective(layer_of(is_weighed), salience), random_map()
+    torch.testing.assert_close(objective(at.R1, 3 * at.R2), objective(at.R1, at.R2), rtol=1e-9, atol=0)
+
+
+@by_weights
+@by_seen_inputs
+def test_gradients_at_an_invertible_map_are_those_of_finite_differences(salience: str, is_weighed: bool) -> None:
+    at = random_map()
+    leaves = (at.R1.requires_grad_(), at.R2.requires_grad_())
+    assert torch.autograd.gradcheck(invertible_objective(layer_of(is_weighed), salience), leaves, fast_mode=True)
+
+
+@by_sparsity
+def test_the_error_falls_as_its_gradient_says_along_any_map(sparsity: SparsityConfig) -> None:
+    at, step = random_map(), 1e-6
+    objective = invertible_objective(weighed(problem()), sparsity=sparsity)
+    _, _, G = with_gradients([objective])(at.R1, at.R2)
+    for seed in range(3):
+        U = torch.randn(G.shape, generator=generator(seed), dtype=torch.float64)
+        ahead, behind = (objective(at.R1, at.R2 - sign * step * at.R2 @ U) for sign in (1, -1))
+        slope = -(at.R2.mT @ G * U).sum()
+        assert float((ahead - behind) / (2 * step)) == pytest.approx(float(slope), rel=1e-4, abs=1e-6)
+
+
+def test_a_map_without_an_inverse_makes_the_objective_not_finite() -> None:
+    at = random_map()
+    assert not invertible_objective(problem())(at.R1, torch.zeros_like(at.R2)).isfinite()
+
+
+def test_an_importance_that_sees_no_inputs_has_no_invertible_map() -> None:
+    with pytest.raises(AssertionError, match="PruneConfig refuses it"):
+        invertible_objective(problem(), "magnitude")

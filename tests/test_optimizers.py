@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from drotator.objectives import entropy
-from drotator.optimizers import OPTIMIZERS, AdamQR, RiemannianAdam, Spectral, cosine, matrix_sign, skew
+from drotator.optimizers import (
+    FLOOR,
+    GROUPS,
+    MAX_STEP,
+    OPTIMIZERS,
+    AdamQR,
+    RiemannianAdam,
+    Spectral,
+    cosine,
+    cut,
+    matrix_sign,
+    skew,
+    stretch,
+)
 from drotator.rotation import eye_like
 
 SHAPES = [(12, 12), (3, 5, 5)]
@@ -193,3 +206,103 @@ def test_skew_is_the_antisymmetric_part(shape: tuple[int, ...]) -> None:
     assert torch.equal(skew(A), -skew(A).mT)
     torch.testing.assert_close(skew(A) + (A + A.mT) / 2, A)
     assert not skew(A + A.mT).any()
+
+
+# Invertible maps.
+
+by_kind = pytest.mark.parametrize("kind", GRADIENTS)
+by_class = pytest.mark.parametrize("optimizer_class", [RiemannianAdam, Spectral])
+HEADS = (3, 6, 6)
+
+
+def largest_condition(n: int) -> float:
+    return 1.001 * math.sqrt(n) / FLOOR
+
+
+@by_class
+@by_kind
+@pytest.mark.parametrize("learning_rate", [1e-3, 0.1, 10.0, 1e4])
+def test_invertible_maps_stay_well_conditioned(
+    optimizer_class: type[RiemannianAdam | Spectral], kind: str, learning_rate: float
+) -> None:
+    optimizer = optimizer_class(identity(HEADS), learning_rate, "invertible")
+    for step in range(60):
+        M = optimizer.rotation()
+        assert M.isfinite().all(), step
+        assert torch.linalg.cond(M.double()).max() < largest_condition(6), step
+        optimizer.update(GRADIENTS[kind](noise(HEADS, step)), torch.zeros(()))
+
+
+@by_class
+def test_a_gradient_that_always_stretches_the_same_way_ends_at_the_bound(
+    optimizer_class: type[RiemannianAdam | Spectral],
+) -> None:
+    optimizer = optimizer_class(identity(HEADS), 0.1, "invertible")
+    pull = torch.diag(torch.tensor([-1.0, -0.5, -0.1, 0.1, 0.5, 1.0])).expand(HEADS)
+    for _ in range(300):
+        M = optimizer.rotation()
+        optimizer.update(torch.linalg.inv(M).mT @ pull, torch.zeros(()))  # M^T G = pull
+    found = torch.linalg.cond(optimizer.rotation().double())
+    assert (found > 10).all()
+    assert (found < largest_condition(6)).all()
+
+
+@by_class
+def test_without_a_gradient_an_invertible_map_stays(optimizer_class: type[RiemannianAdam | Spectral]) -> None:
+    optimizer = optimizer_class(identity(HEADS), 0.1, "invertible")
+    assert torch.equal(optimizer.rotation(), identity(HEADS))
+    for _ in range(3):
+        optimizer.update(torch.zeros(HEADS), torch.zeros(()))
+    torch.testing.assert_close(optimizer.rotation(), identity(HEADS), rtol=0, atol=1e-6)
+
+
+@by_class
+def test_they_approach_a_map_that_no_rotation_is_near(optimizer_class: type[RiemannianAdam | Spectral]) -> None:
+    target = torch.linalg.matrix_exp(0.3 * noise(HEADS, 3))
+    target *= math.sqrt(6) / torch.linalg.matrix_norm(target, keepdim=True)
+    learning_rate = {RiemannianAdam: 0.005, Spectral: 0.05}[optimizer_class]
+    reached = {}
+    for value_map in GROUPS:
+        optimizer = optimizer_class(identity(HEADS), learning_rate, value_map)
+        start = (optimizer.rotation() - target).norm()
+        for step in range(300):
+            optimizer.update(optimizer.rotation() - target, torch.tensor(step / 300))
+        reached[value_map] = float((optimizer.rotation() - target).norm() / start)
+    assert reached["invertible"] < 0.01 < 0.3 < reached["orthogonal"]
+
+
+def test_a_small_step_is_that_along_the_whole_gradient_in_the_body_frame() -> None:
+    M = stretch(identity(HEADS) + 0.2 * noise(HEADS, 1), torch.zeros(HEADS))
+    G = noise(HEADS, 2)
+    optimizer = Spectral(M, 1e-3, "invertible")
+    optimizer.update(G, torch.zeros(()))
+    left, _, right = torch.linalg.svd(M.mT @ G)
+    expected = stretch(M, 1e-3 * left @ right)
+    assert (optimizer.rotation() - expected).norm() < 0.3 * (expected - stretch(M, torch.zeros(HEADS))).norm()
+
+
+def test_a_step_keeps_a_maps_size_and_lifts_its_small_singular_values() -> None:
+    left, _, right = torch.linalg.svd(noise(HEADS, 0).double())
+    values = torch.tensor([5.0, 1.5, 1.0, 0.3, 0.1, 0.04], dtype=torch.float64)
+    scaled = values * math.sqrt(6) / values.norm()
+    expected = scaled + (0.75 * FLOOR) ** 4 / (3 * scaled**3)
+    found = stretch(left * values @ right, torch.zeros(HEADS).double())
+    torch.testing.assert_close(found, left * expected @ right, rtol=1e-9, atol=1e-9)
+    assert FLOOR < expected.min() < 1.1 * FLOOR
+    assert scaled.min() < 0.5 * FLOOR
+    torch.testing.assert_close(stretch(7 * left * values @ right, torch.zeros(HEADS).double()), found)
+
+
+@by_kind
+def test_a_step_of_any_size_is_cut_where_a_map_would_lose_its_inverse(kind: str) -> None:
+    U = GRADIENTS[kind](noise(HEADS, 0))
+    cut_U = U * cut(U.mT @ U)
+    norms = torch.linalg.matrix_norm(U, 2), torch.linalg.matrix_norm(cut_U, 2)
+    assert (norms[1] < MAX_STEP + 1e-5).all()
+    assert (norms[1] > 0.2 * norms[0].clamp_max(MAX_STEP) - 1e-9).all()
+    torch.testing.assert_close(norms[1][norms[0] < 0.2], norms[0][norms[0] < 0.2])
+
+
+def test_a_qr_factor_is_no_invertible_map() -> None:
+    with pytest.raises(AssertionError, match="PruneConfig refuses it"):
+        AdamQR(identity(HEADS), 0.01, "invertible")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, tiny_source
+from tiny_models import families, some_tokens, stretched, tiny_source
 from torch import Tensor, nn
 
 from drotator.architecture import ModelSource, hidden_states, linear
@@ -273,16 +274,83 @@ def test_a_learned_rotation_lowers_the_error_that_pruning_leaves(pruner: str, tm
     assert errors[1] < 0.95 * errors[0]
 
 
-def test_one_r1_is_learned_for_several_layers_with_an_r2_for_each(tmp_path: Path) -> None:
-    source = tiny_source(tmp_path, "llama")
-    layers = [open_layer(context_of(source, index), settings()) for index in range(3)]
-    start = starting_rotation(layers[0].problem, 3, settings())
-    trained = learn_rotation([objective_of(layer.problem, settings()) for layer in layers], start, settings())
+def with_invertible_map(chosen: PruneConfig, value_map: str = "invertible", **changes: Any) -> PruneConfig:
+    rotation = dataclasses.replace(chosen.rotation, value_map=value_map, **changes)
+    objective = dataclasses.replace(chosen.objective, weights="sensitivity")
+    return dataclasses.replace(chosen, rotation=rotation, objective=objective)
+
+
+@families
+@pytest.mark.parametrize("optimizer", ["riemannian_adam", "spectral"])
+def test_a_learned_and_merged_invertible_map_keeps_the_layers_function(
+    family: str, optimizer: str, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family)
+    context, chosen = context_of(source, 1), with_invertible_map(settings("sparsegpt", name=optimizer))
+    before = outputs(context)
+    dense = open_layer(context, chosen)
+    trained = learn_layer(dense, chosen)
+    assert trained.objective_after < trained.objective_before
+    merged = merge(context, dense.weights, trained.rotation)
+    assert merged.value_map == "invertible"
+    assert merged.condition() > 1.05
+    assert torch.equal(merged.R2, trained.rotation.R2.double())
+    torch.testing.assert_close(outputs(context, merged.R1) @ merged.R1.mT.float(), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("salience", ["wanda", "obs", "sequential_obs"])
+@pytest.mark.parametrize("learns_R1", [False, True], ids=["map alone", "with R1"])
+def test_an_invertible_map_reaches_a_lower_objective_than_r2(salience: str, learns_R1: bool, tmp_path: Path) -> None:
+    chosen = settings("sparsegpt", name="spectral", steps=200, learning_rate=0.05)
+    chosen = dataclasses.replace(chosen, objective=ObjectiveConfig(salience=salience, weights="sensitivity"))
+    context, reached = context_of(tiny_source(tmp_path, "llama")), {}
+    dense = open_layer(context, with_invertible_map(chosen))
+    for value_map in ("orthogonal", "invertible"):
+        trained = learn_layer(dense, with_invertible_map(chosen, value_map, R1=learns_R1))
+        assert trained.warnings == []
+        reached[value_map] = (trained.objective_before, trained.objective_after)
+    (start, orthogonal), (same_start, invertible) = reached["orthogonal"], reached["invertible"]
+    assert same_start == pytest.approx(start, rel=1e-5)
+    assert invertible < orthogonal < start
+
+
+def test_the_error_of_v_is_that_of_its_outputs_before_r2(tmp_path: Path) -> None:
+    source, chosen = tiny_source(tmp_path, "qwen2"), settings("sparsegpt")
+    context = context_of(source)
+    rotation = stretched(Rotation.random(source.sizes, torch.Generator().manual_seed(0)))
+    weights = open_layer(context, chosen).weights
+    merged = merge(context, weights, rotation)
+    H = moments(context, source.spec.value, merged.R1)
+    R1, R2, condition = merged.R1, torch.block_diag(*merged.R2), merged.condition()
+    results, _ = prune_linears(context, chosen.pruner, TWO_OF_FOUR, R1, None, merged.R2)
+    W = weights[source.spec.value].double() @ R1
+    change = W - torch.linalg.inv(R2).mT @ linear(context.layer, source.spec.value).weight.double()
+    expected = torch.trace(change @ H @ change.T) / torch.trace(W @ H @ W.T)
+    assert condition == pytest.approx(20)
+    assert results[source.spec.value].relative_error == pytest.approx(float(expected), rel=1e-3)
+    again = context_of(source)
+    merge(again, open_layer(again, chosen).weights, rotation)
+    stretched_outputs, _ = prune_linears(again, chosen.pruner, TWO_OF_FOUR, R1, None)
+    assert stretched_outputs[source.spec.value].relative_error != pytest.approx(float(expected), rel=0.1)
+    for name in set(source.spec.linears) - {source.spec.value}:
+        assert results[name] == stretched_outputs[name]
+
+
+@pytest.mark.parametrize("value_map", ["orthogonal", "invertible"])
+def test_one_r1_is_learned_for_several_layers_with_an_r2_for_each(value_map: str, tmp_path: Path) -> None:
+    source, chosen = tiny_source(tmp_path, "llama"), with_invertible_map(settings(), value_map)
+    layers = [open_layer(context_of(source, index), chosen) for index in range(3)]
+    objectives = [objective_of(layer.problem, chosen) for layer in layers]
+    start = starting_rotation(layers[0].problem, 3, chosen)
+    trained = learn_rotation(objectives, start, chosen)
+    assert trained.rotation.value_map == value_map
     assert trained.rotation.R1.shape == (32, 32)
     assert trained.rotation.R2.shape == (6, 12, 12)
-    assert trained.objective_before == pytest.approx(sum(objective_at(layer, None) for layer in layers), rel=1e-5)
-    parts = [Rotation(trained.rotation.R1, R2) for R2 in trained.rotation.R2.chunk(3)]
-    reached = sum(objective_at(layer, part) for layer, part in zip(layers, parts, strict=True))
+    identity = Rotation.identity(source.sizes)
+    before = sum(float(objective(identity.R1, identity.R2)) for objective in objectives)
+    assert trained.objective_before == pytest.approx(before, rel=1e-5)
+    heads = trained.rotation.R2.chunk(3)
+    reached = sum(float(objective(trained.rotation.R1, R2)) for objective, R2 in zip(objectives, heads, strict=True))
     assert reached == pytest.approx(trained.objective_after, rel=1e-5)
     assert reached < trained.objective_before
 

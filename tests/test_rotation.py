@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, tiny_model, tiny_source, without_float32
+from tiny_models import families, some_tokens, stretched, tiny_model, tiny_source, without_float32
 from torch import Tensor
 
 from drotator.architecture import LayerSizes, LayerSpec, ModelSource, linear
 from drotator.modeling_rotated import ROTATED_FAMILIES
 from drotator.rotation import (
+    CONDITION_LIMIT,
     Rotation,
     boundary_weight,
     fold_norms,
+    inverse_transpose,
     merge_rotation,
     polar,
     rotate_output_columns,
@@ -80,10 +84,28 @@ def test_merged_rotations_leave_the_logits_unchanged(family: str, scope: str, ti
     assert (model(some_tokens()).logits - expected).abs().max() > 1e-3  # the comparison would see a wrong merge
 
 
+@families
+@pytest.mark.parametrize("scope", ["per_layer", "shared"])
+@torch.no_grad()
+def test_merged_invertible_maps_leave_the_logits_unchanged(family: str, scope: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family, torch.float64)
+    expected = without_float32(tiny_model(family, torch.float64))(some_tokens()).logits
+    drawn = [stretched(Rotation.random(source.sizes, generator(seed))).polished() for seed in range(source.num_layers)]
+    if scope == "shared":
+        drawn = [dataclasses.replace(rotation, R1=drawn[0].R1) for rotation in drawn]
+    found = without_float32(merged_model(source, drawn, has_boundaries=scope == "per_layer"))(some_tokens()).logits
+    assert found.dtype is torch.float64
+    assert (found - expected).abs().max() < 1e-9
+    drawn[1] = dataclasses.replace(drawn[1], value_map="orthogonal")  # o would not undo what is done to v
+    wrong = without_float32(merged_model(source, drawn, has_boundaries=scope == "per_layer"))(some_tokens()).logits
+    assert (wrong - expected).abs().max() > 1e-3
+
+
 def float64_merge(layer: torch.nn.Module, spec: LayerSpec, rotation: Rotation, repeats: int) -> dict[str, Tensor]:
     """Fold and merge in float64 throughout: every weight and bias of the linears, not rounded."""
     gain_of = {name: norm for norm, names in spec.norms.items() for name in names}
     R1, heads = rotation.R1.double(), rotation.R2.double()
+    undo = heads if rotation.value_map == "orthogonal" else torch.linalg.inv(heads).mT
     expected = {}
     for name in spec.linears:
         module = linear(layer, name)
@@ -95,7 +117,7 @@ def float64_merge(layer: torch.nn.Module, spec: LayerSpec, rotation: Rotation, r
         if name == spec.value:
             W, bias = block_diagonal(heads, 1).T @ W, None if bias is None else block_diagonal(heads, 1).T @ bias
         if name == spec.output:
-            W = W @ block_diagonal(heads, repeats)
+            W = W @ block_diagonal(undo, repeats)
         expected[f"{name}.weight"] = W
         if bias is not None:
             expected[f"{name}.bias"] = bias
@@ -157,6 +179,29 @@ def test_value_rows_and_output_columns_turn_by_the_rotation_of_their_group() -> 
     torch.testing.assert_close(rotate_output_columns(output, R2, 3), output @ block_diagonal(R2, 3))
 
 
+@families
+def test_an_invertible_map_is_merged_in_the_rows_of_v_and_its_inverse_transpose_in_the_columns_of_o(
+    family: str, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family)
+    layer = source.layer(1)
+    rotation = stretched(Rotation.random(source.sizes, generator()))
+    expected = float64_merge(layer, source.spec, rotation, source.sizes.queries_per_group)
+    merge_rotation(layer, source.spec, source.sizes, rotation, fold_norms(layer, source.spec))
+    for name, exact in expected.items():
+        torch.testing.assert_close(layer.state_dict()[name], exact.float(), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_an_orthogonal_matrix_is_its_own_inverse_transpose_and_a_singular_one_has_none() -> None:
+    R2 = Rotation.random(SIZES, generator()).R2
+    assert inverse_transpose(R2, "orthogonal") is R2
+    torch.testing.assert_close(inverse_transpose(R2, "invertible"), R2)
+    M = stretched(Rotation(randn(10, 10), R2)).R2
+    torch.testing.assert_close(inverse_transpose(M, "invertible").mT @ M, torch.eye(3).double().expand(2, 3, 3))
+    assert not inverse_transpose(torch.zeros(2, 3, 3), "invertible").isfinite().all()
+    assert torch.autograd.gradcheck(lambda M: inverse_transpose(M, "invertible"), M.requires_grad_())
+
+
 def test_a_boundary_takes_rows_from_one_basis_to_the_next() -> None:
     before, after = (Rotation.random(SIZES, generator(seed)).R1 for seed in range(2))
     x = randn(4, 10, seed=2)
@@ -194,6 +239,31 @@ def test_polishing_gives_the_nearest_orthogonal_matrices_in_float64() -> None:
     for found, given in ((polished.R1, noisy.R1), (polished.R2, noisy.R2)):
         left, _, right = torch.linalg.svd(given.float().double())
         torch.testing.assert_close(found, left @ right, rtol=0, atol=1e-12)
+
+
+def test_an_invertible_map_is_not_polished_and_only_r1_has_to_be_orthogonal() -> None:
+    rotation = stretched(Rotation.random(SIZES, generator()))
+    assert rotation.orthogonality() < 1e-14
+    assert dataclasses.replace(rotation, value_map="orthogonal").orthogonality() > 0.5
+    assert dataclasses.replace(rotation, R1=2 * rotation.R1).orthogonality() == pytest.approx(3)
+    single = rotation.to(dtype=torch.float32)
+    polished = single.polished()
+    assert single.value_map == polished.value_map == "invertible"
+    assert polished.R1.dtype is polished.R2.dtype is torch.float64
+    assert polished.orthogonality() < 1e-14
+    assert torch.equal(polished.R2, single.R2.double())
+    with pytest.raises(RuntimeError, match="not orthogonal"):
+        dataclasses.replace(rotation, R1=3 * rotation.R1).polished()
+
+
+@pytest.mark.parametrize(("condition", "said"), [(2 * CONDITION_LIMIT, r"2e\+03"), (math.inf, ".*"), (math.nan, "nan")])
+def test_a_map_that_is_nearly_singular_is_an_error_that_says_how_near(condition: float, said: str) -> None:
+    drawn = Rotation.random(SIZES, generator())
+    assert stretched(drawn, CONDITION_LIMIT / 2).polished().condition() == pytest.approx(CONDITION_LIMIT / 2)
+    with pytest.raises(RuntimeError, match=f"nearly singular: its condition number is {said}, over 1000. Lower"):
+        stretched(drawn, condition).polished()
+    with pytest.raises(RuntimeError, match="nearly singular"):
+        dataclasses.replace(stretched(drawn), R2=torch.zeros(2, 3, 3)).polished()
 
 
 def test_polar_converges_while_singular_values_are_below_the_root_of_three() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -102,6 +103,22 @@ def test_several_layers_share_r1_and_train_each_its_own_r2() -> None:
     assert trained.rotation.R2.shape == (4, 4, 4)
     torch.testing.assert_close(trained.rotation.R2, torch.cat(near), rtol=0, atol=5e-3)
     torch.testing.assert_close(trained.rotation.R1, START.R1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["riemannian_adam", "spectral"])
+def test_an_invertible_map_is_trained_beside_an_orthogonal_r1(name: str) -> None:
+    near = torch.linalg.matrix_exp(0.3 * torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1)))
+    target = Rotation(START.R1, 2 * near / torch.linalg.matrix_norm(near, keepdim=True))
+    start = dataclasses.replace(START, value_map="invertible")
+    reached = [train_rotation(distance_to(target), at, settings(name, steps=300)) for at in (START, start)]
+    trained = reached[1]
+    assert trained.rotation.value_map == "invertible"
+    assert trained.orthogonality == trained.rotation.orthogonality() < ORTHOGONALITY_LIMIT
+    assert trained.rotation.condition() > 2
+    assert trained.warnings == []
+    distances = [float((each.rotation.R2 - target.R2).norm()) for each in reached]
+    assert distances[1] < 0.1 * distances[0]
+    assert reached[0].rotation.value_map == "orthogonal"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from drotator.architecture import FAMILIES, ModelSource
+from drotator.rotation import Rotation
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -75,3 +77,10 @@ def without_float32(model: Any) -> Any:
             if child.__class__.__name__.endswith("RMSNorm"):
                 setattr(module, name, Float64Norm(child))
     return model
+
+
+def stretched(rotation: Rotation, condition: float = 20) -> Rotation:
+    """A rotation with an invertible map between v and o in the place of R2: general, of the given condition number."""
+    scales = torch.logspace(0, -1, rotation.R2.shape[-1], base=condition, dtype=rotation.R2.dtype)
+    M = rotation.R2 * scales @ rotation.R2.flip(1).mT
+    return dataclasses.replace(rotation, R2=1.5 * M, value_map="invertible")

@@ -251,6 +251,9 @@ def build_objective(
             return None
         return column_energy(problem.hessians[inputs], R, salience, damping)
 
+    def reader(R2: Tensor) -> Tensor:
+        return R2 if value_map == "orthogonal" else inverse_transpose(R2)
+
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
         if value_map == "orthogonal":
             return energy("output", torch.block_diag(*R2_of_queries))
@@ -273,13 +276,13 @@ def build_objective(
         }
 
     def entropy_objective(R1: Tensor, R2: Tensor) -> Tensor:
-        S = importances(R1, R2, inverse_transpose(R2, value_map))
+        S = importances(R1, R2, reader(R2))
         outputs = [entropy(S[name], 0) for name in ("query_key", "gate_up", "value", "output")]
         inputs = [entropy(S[name], 1) for name in ("down", "value", "output")]
         return torch.stack(outputs + inputs).sum()
 
     def pruning_error(R1: Tensor, R2: Tensor) -> Tensor:
-        R2_of_reader = inverse_transpose(R2, value_map)
+        R2_of_reader = reader(R2)
         S = importances(R1, R2, R2_of_reader)
         query, key = S["query_key"].split([len(W["query"]), len(W["key"])], dim=1)
         gate, up = S["gate_up"].chunk(2, dim=1)

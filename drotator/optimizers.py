@@ -187,7 +187,7 @@ def stretch(M: Tensor, U: Tensor) -> Tensor:
     """
     M = M - M @ (U * cut(U.mT @ U))
     M = M * (math.sqrt(M.shape[-1]) / torch.linalg.matrix_norm(M, keepdim=True))
-    N = inverse_transpose(M, "invertible")
+    N = inverse_transpose(M)
     return M + (0.75 * FLOOR) ** 4 / 3 * N @ (N.mT @ N)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from drotator.architecture import LayerSizes, LayerSpec, linear
 
 POLISH_STEPS = 8
 POLISHED = 1e-12
+INVERSE_STEPS = 24
+"""Enough for float32 where the least singular value of a matrix is above a thousandth of its Frobenius norm."""
 CONDITION_LIMIT = 1e3
 """Condition number of an invertible R2 from which on the weights it is merged in round too coarsely."""
 
@@ -60,6 +63,11 @@ class Rotation:
     def is_orthogonal(self) -> bool:
         return self.value_map == "orthogonal"
 
+    @property
+    def output_map(self) -> Tensor:
+        """R2^-T, (k, h, h), what W_o is multiplied by; R2 itself where it is orthogonal."""
+        return self.R2 if self.is_orthogonal else torch.linalg.inv(self.R2).mT
+
     def orthogonality(self) -> float:
         """Largest entry of |R^T R - I| over the matrices that have to be orthogonal, computed in float64."""
         checked = (self.R1, self.R2) if self.is_orthogonal else (self.R1,)
@@ -94,12 +102,31 @@ def eye_like(R: Tensor) -> Tensor:
     return torch.eye(R.shape[-1], device=R.device, dtype=R.dtype)
 
 
-def inverse_transpose(R2: Tensor, value_map: str) -> Tensor:
-    """Return R2^-T, (..., h, h): what W_o is multiplied by where W_v is by R2^T. An orthogonal matrix is its own.
+class _Inverse(torch.autograd.Function):
+    """Inverse by Newton steps X <- X (2 I - M X) from M^T / |M|^2; d(M^-1) = -M^-1 dM M^-1.
 
-    Differentiable. Asking whether the inverse exists would wait for the device; without one the result is not finite.
+    They square the error I - M X, whose norm is 1 - (s_min / |M|)^2 at the start. For more than 16 matrices, or of more
+    than 128 rows, torch 2.11 gives an LU factorization to MAGMA, which waits for the device.
     """
-    return R2 if value_map == "orthogonal" else torch.linalg.inv_ex(R2).inverse.mT
+
+    @staticmethod
+    def forward(ctx: Any, M: Tensor) -> Tensor:
+        X = M.mT / M.square().sum((-2, -1), keepdim=True)
+        for _ in range(INVERSE_STEPS):
+            X = 2 * X - X @ (M @ X)
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (X,) = ctx.saved_tensors
+        return -X.mT @ grad @ X.mT
+
+
+def inverse_transpose(M: Tensor) -> Tensor:
+    """Return M^-T of well-conditioned M, (..., h, h). Differentiable, and never waits for the device."""
+    inverse: Tensor = _Inverse.apply(M)
+    return inverse.mT
 
 
 def polar(R: Tensor, steps: int) -> Tensor:
@@ -155,7 +182,8 @@ def merge_rotation(
     Args:
         weights: what `fold_norms` returned.
     """
-    R1, R2 = rotation.R1.double(), rotation.R2.double()
+    rotation = rotation.to(dtype=torch.float64)
+    R1, R2 = rotation.R1, rotation.R2
     for name in (spec.query, spec.key, spec.value, spec.gate, spec.up):
         weight = weights[name].double() @ R1
         linear(layer, name).weight.copy_(rotate_value_rows(weight, R2) if name == spec.value else weight)
@@ -163,7 +191,7 @@ def merge_rotation(
         writer = linear(layer, name)
         weight = R1.mT @ weights[name].double()
         if name == spec.output:
-            weight = rotate_output_columns(weight, inverse_transpose(R2, rotation.value_map), sizes.queries_per_group)
+            weight = rotate_output_columns(weight, rotation.output_map, sizes.queries_per_group)
         writer.weight.copy_(weight)
         if writer.bias is not None:
             writer.bias.copy_(writer.bias.double() @ R1)

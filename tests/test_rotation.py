@@ -192,14 +192,20 @@ def test_an_invertible_map_is_merged_in_the_rows_of_v_and_its_inverse_transpose_
         torch.testing.assert_close(layer.state_dict()[name], exact.float(), rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_an_orthogonal_matrix_is_its_own_inverse_transpose_and_a_singular_one_has_none() -> None:
-    R2 = Rotation.random(SIZES, generator()).R2
-    assert inverse_transpose(R2, "orthogonal") is R2
-    torch.testing.assert_close(inverse_transpose(R2, "invertible"), R2)
-    M = stretched(Rotation(randn(10, 10), R2)).R2
-    torch.testing.assert_close(inverse_transpose(M, "invertible").mT @ M, torch.eye(3).double().expand(2, 3, 3))
-    assert not inverse_transpose(torch.zeros(2, 3, 3), "invertible").isfinite().all()
-    assert torch.autograd.gradcheck(lambda M: inverse_transpose(M, "invertible"), M.requires_grad_())
+def test_what_o_is_multiplied_by_is_r2_itself_where_it_is_orthogonal() -> None:
+    rotation = Rotation.random(SIZES, generator())
+    assert rotation.output_map is rotation.R2
+    M = stretched(rotation)
+    torch.testing.assert_close(M.output_map.mT @ M.R2, torch.eye(3).double().expand(2, 3, 3))
+
+
+@pytest.mark.parametrize("condition", [1, 20, 160])
+def test_inverses_by_newton_steps_are_those_of_a_factorization(condition: float) -> None:
+    M = stretched(Rotation(randn(4, 4), torch.linalg.qr(randn(3, 16, 16)).Q), condition).R2
+    torch.testing.assert_close(inverse_transpose(M), torch.linalg.inv(M).mT, rtol=1e-9, atol=1e-9)
+    single = inverse_transpose(M.float()).double()
+    assert (single.mT @ M - torch.eye(16)).abs().max() < 1e-5 * condition
+    assert torch.autograd.gradcheck(inverse_transpose, M.requires_grad_(), fast_mode=True)
 
 
 def test_a_boundary_takes_rows_from_one_basis_to_the_next() -> None:

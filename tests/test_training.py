@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import some_tokens, tiny_source
 from torch import Tensor
 
 from drotator.architecture import LayerSizes
-from drotator.config import OptimizerConfig
-from drotator.objectives import ObjectiveWithGradients, with_gradients
+from drotator.config import ObjectiveConfig, OptimizerConfig, SparsityConfig
+from drotator.objectives import LayerProblem, ObjectiveWithGradients, build_objective, with_gradients
 from drotator.optimizers import OPTIMIZERS
-from drotator.rotation import Rotation
+from drotator.rotation import Rotation, fold_norms
+from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
 from drotator.training import ORTHOGONALITY_LIMIT, train_rotation, watch
 
 SIZES = LayerSizes(hidden_size=12, intermediate_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
@@ -161,3 +165,29 @@ def test_each_thing_that_looks_wrong_is_said_once(
     found = watch(before, after, orthogonality, history)
     assert len(found) == len(words)
     assert all(part in warning for part, warning in zip(words, found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["riemannian_adam", "spectral"])
+@pytest.mark.parametrize("salience", ["wanda", "sequential_obs"])
+def test_the_training_of_an_invertible_map_is_captured_in_a_cuda_graph(
+    name: str, salience: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cuda = tiny_source(tmp_path, "llama"), torch.device("cuda")
+    stream = ActivationStream.start(source, some_tokens(5, 30), 2, cuda)
+    layer = source.layer(0, cuda)
+    folded = fold_norms(layer, source.spec)
+    hessians = collect_hessians(layer, source.spec, stream, 0, tuple(source.spec.inputs))
+    sensitivities = collect_sensitivities(layer, source.spec, source.sizes, stream, 0, 0)
+    problem = LayerProblem.of_layer(folded, source.spec, source.sizes, hessians, sensitivities)
+    sparsity = SparsityConfig(keep=2, group=4)
+    objective = build_objective(ObjectiveConfig(), salience, sparsity, problem, 0.01, "invertible")
+    start = dataclasses.replace(Rotation.identity(source.sizes, cuda), value_map="invertible")
+    caplog.set_level(logging.INFO)
+    found, expected = (
+        train_rotation(with_gradients([objective]), start, settings(name, steps=20), can_capture=can_capture)
+        for can_capture in (True, False)
+    )
+    assert "without a CUDA graph" not in caplog.text
+    assert found.objective_after < 0.95 * found.objective_before
+    assert found.objective_after == pytest.approx(expected.objective_after, rel=1e-3)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import some_tokens, tiny_source
 from tiny_runs import TOKENS, report_of, settings, weights, words_of
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +18,7 @@ from drotator.artifacts import RunFolder
 from drotator.checkpoint import load_checkpoint
 from drotator.composition import plan
 from drotator.config import ObjectiveConfig, OptimizerConfig, PruneConfig, PrunerConfig, RotationConfig
-from drotator.objectives import LayerProblem, build_objective, with_gradients
 from drotator.pipeline import run_prune
-from drotator.rotation import Rotation, fold_norms
-from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
-from drotator.training import train_rotation
 
 SCOPES: dict[str, dict[str, Any]] = {
     "per_layer": {"name": "per_layer"},
@@ -132,28 +126,3 @@ def test_the_command_line_takes_the_map_and_refuses_adam_qr_beside_it(inputs) ->
     with pytest.raises(ValueError, match=r"optimizer=adam_qr is not allowed: rotation\.value_map=") as refused:
         plan("prune", [*words, "optimizer=adam_qr"])
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["riemannian_adam", "spectral"])
-@pytest.mark.parametrize("salience", ["wanda", "obs", "sequential_obs"])
-def test_the_training_of_an_invertible_map_is_captured_in_a_cuda_graph(tmp_path, caplog, name, salience):
-    source, cuda = tiny_source(tmp_path, "llama"), torch.device("cuda")
-    stream = ActivationStream.start(source, some_tokens(5, 30), 2, cuda)
-    layer = source.layer(0, cuda)
-    folded = fold_norms(layer, source.spec)
-    hessians = collect_hessians(layer, source.spec, stream, 0, tuple(source.spec.inputs))
-    sensitivities = collect_sensitivities(layer, source.spec, source.sizes, stream, 0, 0)
-    problem = LayerProblem.of_layer(folded, source.spec, source.sizes, hessians, sensitivities)
-    sparsity = settings(tmp_path).sparsity
-    objective = build_objective(ObjectiveConfig(), salience, sparsity, problem, 0.01, "invertible")
-    start = dataclasses.replace(Rotation.identity(source.sizes, cuda), value_map="invertible")
-    optimizer = OptimizerConfig(name=name, steps=20, learning_rate=0.02)
-    caplog.set_level(logging.INFO)
-    found, expected = (
-        train_rotation(with_gradients([objective]), start, optimizer, can_capture=can_capture)
-        for can_capture in (True, False)
-    )
-    assert "without a CUDA graph" not in caplog.text
-    assert found.objective_after < 0.95 * found.objective_before
-    assert found.objective_after == pytest.approx(expected.objective_after, rel=1e-3)

@@ -171,6 +171,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
             **calibration.provenance(settings.calibration),
             **evaluation.provenance(settings.eval, job.tokenizer),
             "steps": settings.optimizer.steps,
+            "learning_rate": settings.optimizer.learning_rate,
             **details_of(settings),
             "device": device_name(job.device),
             "dtype": job.source.dtype_name,

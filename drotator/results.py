@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 Metrics = dict[str, float]
 """Perplexities by data set, accuracies in percent by task, and "zero_shot_mean"."""
@@ -61,30 +62,26 @@ class RunReport:
     provenance: dict[str, object]
 
 
-ROTATION_DETAILS = {
-    "objective": ("salience", "weights"),
-    "optimizer": ("learning_rate", "warm_start"),
-    "rotation": ("groups", "R1", "R2", "permute", "value_map"),
-}
-DETAILS = {
-    **ROTATION_DETAILS,
-    "pruner": ("damping", "solve_steps"),
-    "reconstruct": ("name", "target", "epochs"),
-}
-"""Settings by group that a report names in its provenance, as "group.setting", beside those of the contract."""
-
-
-def detail_names(details: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    return tuple(f"{group}.{name}" for group, names in details.items() for name in names)
+DETAILS = (
+    "objective.salience",
+    "objective.weights",
+    "optimizer.warm_start",
+    "rotation.groups",
+    "rotation.R1",
+    "rotation.R2",
+    "rotation.permute",
+    "rotation.value_map",
+    "pruner.solve_steps",
+    "reconstruct.name",
+    "reconstruct.target",
+    "reconstruct.epochs",
+)
+"""Settings that a report names in its provenance beside those of the contract, all of them with one default."""
 
 
 def details_of(settings: object) -> dict[str, object]:
     """The values of DETAILS in the settings of a run."""
-    return {
-        name: getattr(getattr(settings, group), leaf)
-        for name in detail_names(DETAILS)
-        for group, leaf in [name.split(".")]
-    }
+    return {name: attrgetter(name)(settings) for name in DETAILS}
 
 
 def first_value(perplexities: Sequence[str], metrics: Metrics) -> float:

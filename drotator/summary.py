@@ -13,16 +13,23 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from drotator.config import PERPLEXITY_SETS
+from drotator.config import (
+    PERPLEXITY_SETS,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PrunerConfig,
+    ReconstructConfig,
+    RotationConfig,
+)
 from drotator.console import clock, console
 from drotator.plots import METRIC_NAMES
-from drotator.results import DETAILS, ROTATION_DETAILS, Metrics, RunReport, detail_names
+from drotator.results import DETAILS, Metrics, RunReport
 
 NAMES = ("model", "pruner", "sparsity", "rotation", "objective", "optimizer")
 EVALUATION = ("seqlen", "windows", "tasks_limit", "batch_size")
 # Of the provenance, what must be equal before plain and rotated may be compared.
 CONDITIONS = ("dataset", "calibration_samples", "calibration_seqlen", "calibration_seed", "dtype", *EVALUATION)
-SETTINGS = (*NAMES, "steps", *detail_names(DETAILS), "seed", *CONDITIONS)
+SETTINGS = (*NAMES, "steps", "also", "seed", *CONDITIONS)
 UNUSED = "-"
 MAX_WARNINGS = 10
 
@@ -122,12 +129,31 @@ def run_settings(report: RunReport) -> dict[str, object]:
     """Return what tells one run from another; without rotation, what trains it is unused."""
     settings: dict[str, object] = {name: getattr(report, name) for name in (*NAMES, "seed")}
     settings |= {name: report.provenance.get(name, "unknown") for name in ("steps", *CONDITIONS)}
-    settings |= {name: report.provenance.get(name, UNUSED) for name in detail_names(DETAILS)}
+    settings["also"] = ", ".join(unusual_details(report)) or UNUSED
     if report.rotation == "none":
-        settings |= dict.fromkeys(("objective", "optimizer", "steps", *detail_names(ROTATION_DETAILS)), UNUSED)
-    if settings["reconstruct.name"] == "none":
-        settings |= dict.fromkeys(("reconstruct.target", "reconstruct.epochs"), UNUSED)
+        settings |= dict.fromkeys(("objective", "optimizer", "steps"), UNUSED)
     return {name: settings[name] for name in SETTINGS}
+
+
+def unusual_details(report: RunReport) -> list[str]:
+    """Settings beside the options' names that are not at their defaults and did something, as name=value."""
+    defaults = {
+        "objective": ObjectiveConfig(),
+        "optimizer": OptimizerConfig(),
+        "rotation": RotationConfig(),
+        "pruner": PrunerConfig(),
+        "reconstruct": ReconstructConfig(),
+    }
+    unused = {"objective", "optimizer", "rotation"} if report.rotation == "none" else set()
+    if report.provenance.get("reconstruct.name", "none") == "none":
+        unused.add("reconstruct")
+    found = []
+    for name in DETAILS:
+        group, _, leaf = name.partition(".")
+        value = report.provenance.get(name, getattr(defaults[group], leaf))
+        if group not in unused and value != getattr(defaults[group], leaf):
+            found.append(f"{group if leaf == 'name' else leaf}={value}")
+    return found
 
 
 def metric_rows(columns: Mapping[str, Metrics]) -> list[MetricRow]:

@@ -160,7 +160,7 @@ def test_help_composition_and_refusals_import_no_torch(environment: dict[str, st
     [
         ("prunee", "Did you mean prune?"),
         ("model=x", "the command comes first: drotator prune model=x"),
-        ("prune pruner=wandaa", "Did you mean pruner=wanda? Choose from magnitude, none, sparsegpt, wanda."),
+        ("prune pruner=wandaa", "Did you mean pruner=wanda? Choose from admm, magnitude, none, sparsegpt, wanda."),
         ("prune sparsity=0.5", "Any other: sparsity.ratio=0.55"),
         ("prune model=org/name", "model=org/name is no option"),
         ("prune model=null", "model=null is no option"),

@@ -157,6 +157,7 @@ def _layer(layer: object) -> LayerResult:
         },
         seconds=_numbers(document["seconds"]),
         damping=_numbers(document.get("damping", {})),
+        reconstruction=_numbers(document.get("reconstruction", {})),
         warnings=[_typed(text, str) for text in _typed(document.get("warnings", []), list)],
     )
 

@@ -21,8 +21,9 @@ from drotator.config import PruneConfig
 from drotator.objectives import LayerProblem, Objective
 from drotator.pruning import objective_of
 
-DEVICE_SHARE = 0.4
-"""Part of the device's memory that is free at the start and may be filled with the problems of layers."""
+DEVICE_SHARE = 0.25
+"""Part of the device's memory that may be filled with the problems of layers. Of all of it, not of what is free at the
+moment: the choice moves the last bits of the result, and a resumed run must make it again."""
 
 
 class ProblemStore(Sequence[Objective]):
@@ -30,7 +31,7 @@ class ProblemStore(Sequence[Objective]):
 
     def __init__(self, folder: Path, settings: PruneConfig, sizes: LayerSizes, device: torch.device) -> None:
         self.folder, self.settings, self.sizes, self.device = folder, settings, sizes, device
-        self.budget = DEVICE_SHARE * free_memory(device)
+        self.budget = DEVICE_SHARE * memory_of(device)
         self.resident: dict[int, tuple[LayerProblem, Objective]] = {}
         self.length = 0
 
@@ -52,7 +53,7 @@ class ProblemStore(Sequence[Objective]):
     def problem(self, position: int) -> LayerProblem:
         if position in self.resident:
             return self.resident[position][0]
-        return problem_of(load_file(self.file(position), device=str(self.device)), self.sizes)
+        return problem_of(load_file(self.file(position), str(self.device)), self.sizes)
 
     def __getitem__(self, position: int) -> Objective:  # type: ignore[override]
         if not 0 <= position < self.length:
@@ -87,8 +88,8 @@ def problem_of(tensors: dict[str, Tensor], sizes: LayerSizes) -> LayerProblem:
     return LayerProblem(parts["weights"], parts["hessians"], sizes, parts["sensitivities"])
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, or in the machine for the CPU."""
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has, or the machine for the CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -90,6 +90,8 @@ def composed_logits(inputs: Path, run: Path, rotation: str) -> Tensor:
         model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.double() @ R1[0])
         if rotation == "per_layer":
             for layer, before, after in zip(layers, R1, R1[1:], strict=False):
+                if torch.equal(before, after):
+                    continue
                 between = boundary_weight(before, after).float()
                 layer.register_forward_hook(
                     lambda module, args, output, between=between: torch.nn.functional.linear(output, between)

@@ -11,9 +11,9 @@ import torch
 from tiny_models import families, some_tokens, tiny_model, tiny_source
 from torch import Tensor
 
-from drotator.architecture import ModelSource, linear
+from drotator.architecture import ModelSource, hidden_states, linear
 from drotator.rotation import Rotation, fold_norms, merge_rotation
-from drotator.statistics import ActivationStream, collect_hessians
+from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
 
 CPU = torch.device("cpu")
 SLIDING: dict[str, dict[str, Any]] = {
@@ -153,3 +153,75 @@ def test_moments_that_are_not_finite_name_their_layer_and_inputs(tmp_path: Path)
     collect_hessians(layer, source.spec, stream, 2, ("mlp",))
     with pytest.raises(RuntimeError, match=r"Layer 2: .*inputs of down are not finite"):
         collect_hessians(layer, source.spec, stream, 2, ("mlp", "down"))
+
+
+def exact_sensitivities(source: ModelSource, layer: Any, stream: ActivationStream, index: int) -> dict[str, Tensor]:
+    """Moments J^T J of each linear's outputs, one backward pass for each output of the layer: (d_out, d_out)."""
+    outputs: dict[str, Tensor] = {}
+    for name in source.spec.linears:
+        linear(layer, name).register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
+    found: dict[str, Tensor] = {}
+    num_tokens = 0
+    for hidden, kwargs in stream.batches(index, None):
+        y = hidden_states(layer(hidden.detach().requires_grad_(), **kwargs))
+        num_tokens += y.shape[0] * y.shape[1]
+        for value in y.flatten():
+            for name, gradient in zip(
+                outputs, torch.autograd.grad(value, list(outputs.values()), retain_graph=True), strict=True
+            ):
+                g = gradient.flatten(0, 1)
+                found[name] = found.get(name, torch.zeros(g.shape[1], g.shape[1])) + g.mT @ g
+    return {name: moments / num_tokens for name, moments in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sensitivities_are_those_of_the_jacobian(family: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family)
+    stream = ActivationStream.start(source, some_tokens(2, 5), 1, CPU)
+    stream.advance(source.layer(0), 0, None)
+    exact = exact_sensitivities(source, source.layer(1), stream, 1)
+    layer, spec = source.layer(1), source.spec
+    drawn = [collect_sensitivities(layer, spec, source.sizes, stream, 1, seed) for seed in range(300)]
+    assert all(not module._forward_hooks for module in layer.modules())
+    expected = {name: exact[name].diagonal() for name in (spec.query, spec.key, spec.gate, spec.up)}
+    expected |= {name: exact[name].diagonal().mean() for name in (spec.output, spec.down)}
+    expected[spec.value] = torch.stack([exact[spec.value][:12, :12], exact[spec.value][12:, 12:]])
+    for name, wanted in expected.items():
+        estimates = torch.stack([draw[name] for draw in drawn])
+        assert estimates.dtype is torch.float32
+        assert estimates.shape[1:] == wanted.shape
+        standard_error = estimates.std(0) / len(drawn) ** 0.5
+        assert ((estimates.mean(0) - wanted).abs() <= 5 * standard_error + 1e-6).all(), name
+        assert (estimates.mean(0) - wanted).norm() < 0.1 * wanted.norm(), name  # and the errors are small
+
+
+def test_sensitivities_of_a_seed_are_the_same_and_the_residual_streams_are_one(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    stream = ActivationStream.start(source, some_tokens(4, 8), 2, CPU)
+    first, second = (collect_sensitivities(source.layer(0), source.spec, source.sizes, stream, 0, 3) for _ in range(2))
+    assert first.keys() == set(source.spec.linears)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert float(first[source.spec.down]) == pytest.approx(1, abs=0.2)  # it is added to the layer's output as it is
+
+
+def test_a_fork_leaves_the_stream_where_it_is(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
+    before = [hidden.clone() for hidden in stream.hidden]
+    ahead = stream.fork()
+    ahead.advance(source.layer(0), 0, None)
+    assert all(torch.equal(hidden, old) for hidden, old in zip(stream.hidden, before, strict=True))
+    stream.advance(source.layer(0), 0, None)
+    assert all(torch.equal(hidden, other) for hidden, other in zip(stream.hidden, ahead.hidden, strict=True))
+
+
+def test_the_dense_stream_is_what_the_dense_layers_make_of_its_inputs(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
+    expected = stream.fork()
+    stream.dense = list(stream.hidden)
+    for index in range(2):
+        stream.advance_dense(source.layer(index), index, stream.dense)
+        expected.advance(source.layer(index), index, None)
+    assert all(torch.equal(dense, hidden) for dense, hidden in zip(stream.dense, expected.hidden, strict=True))
+    assert not any(torch.equal(dense, hidden) for dense, hidden in zip(stream.dense, stream.hidden, strict=True))

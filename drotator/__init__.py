@@ -14,6 +14,7 @@ _MODULES = {
     "RunReport": "results",
     "evaluate": "evaluation",
     "load_checkpoint": "checkpoint",
+    "load_sparse24": "sparse24",
     "run_prune": "pipeline",
 }
 

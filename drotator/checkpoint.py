@@ -6,24 +6,40 @@ layer carries boundary matrices: it has a model_type of its own, and modeling_ro
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drotator import modeling_rotated
+from drotator.folders import (
+    check_output_folder,
+    copy_files,
+    new_folder,
+    open_shard,
+    read_json,
+    write_errors,
+    write_json,
+    write_text,
+)
 from drotator.model_card import model_card
 from drotator.modeling_rotated import ROTATED_FAMILIES
 
@@ -75,20 +91,22 @@ def write_checkpoint(
     folder = folder.resolve()
     check_output_folder(folder, overwrite=overwrite)
     config = _checkpoint_config(model_folder, boundaries=boundaries, untie=untie, metadata=metadata)
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        with _write_errors(folder):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-            partial.mkdir(parents=True)
-            _copy_files(model_folder, partial)
+    with new_folder(folder) as partial:
+        with write_errors(folder):
+            copy_files(model_folder, partial, COPIED_FILES)
         if boundaries:
             _add_custom_code(model_folder, partial)
-        config["dtype"] = _write_shards(partial, tensors, max_shard_bytes, folder)
-        with _write_errors(folder):
+        shards = write_shards(
+            partial, _with_positive_zeros(tensors), "model", {"format": "pt"}, folder, max_shard_bytes=max_shard_bytes
+        )
+        config["dtype"] = shards.dtype
+        with write_errors(folder):
+            if len(shards.files) == 1:
+                os.replace(partial / shards.files[0], partial / WEIGHTS_NAME)
+            else:
+                index = {"metadata": {"total_size": shards.total_size}, "weight_map": shards.weight_map}
+                write_json(partial / INDEX_NAME, index)
             _write_config(partial, config)
-            _move_into_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def update_metadata(folder: Path, metadata: dict[str, object]) -> None:
@@ -96,40 +114,10 @@ def update_metadata(folder: Path, metadata: dict[str, object]) -> None:
 
     Raises: ValueError or RuntimeError as `write_checkpoint` does.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     config["drotator"] = config.get("drotator", {"format_version": FORMAT_VERSION}) | metadata
-    with _write_errors(folder):
+    with write_errors(folder):
         _write_config(folder, config)
-
-
-def check_output_folder(folder: Path, *, overwrite: bool = False, num_bytes: int = 0) -> None:
-    """Refuse a place where a checkpoint of `num_bytes` cannot go; cheap, so that it can be asked before hours of work.
-
-    Raises: ValueError if `folder` is a file, is not empty (with `overwrite`: and is no checkpoint), is not writable, or
-        has no room.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"The checkpoint folder {folder} is a file: give another folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(
-                f"The checkpoint folder {folder} is not empty: give another folder, or overwrite=true to replace it."
-            )
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"The folder {folder} holds no config.json, so it is no checkpoint to replace: give another folder."
-            )
-    parent = folder.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"The checkpoint folder {folder} cannot be made: {parent} is not a writable folder.")
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise ValueError(
-            f"The checkpoint folder {folder} needs {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
-            "free some or give another folder."
-        )
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -137,7 +125,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
     Raises: ValueError if there is no readable config.json, or the entry is of a newer format version.
     """
-    entry = _read_json(folder / "config.json").get("drotator", {})
+    entry = read_json(folder / "config.json").get("drotator", {})
     version = entry.get("format_version", FORMAT_VERSION)
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -165,34 +153,63 @@ def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str | torch.de
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
     Raises: ValueError if the checkpoint is incomplete, damaged, of a newer format, or of an unknown model type.
     """
-    register_rotated_classes()
-    read_metadata(folder)
-    model_type = _read_json(folder / "config.json").get("model_type", "")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"The checkpoint {folder} has model_type '{model_type}', which transformers does not know.")
-    _check_weight_files(folder)
+    _check_config(folder)
+    weight_files(folder)
     with _quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, **REPORTED
         )
+    model: Any = _complete_model(loaded, folder)
+    return model.to(device)
+
+
+def model_with_weights(folder: Path, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """Load as `load_checkpoint` does, but with these weights: of the folder only the configs are read.
+
+    Args:
+        weights: name in the state dict -> tensor, stored in the dtype that config.json names.
+    Raises: ValueError if a weight is missing, misshapen or has no place, or the model type is unknown.
+    """
+    _check_config(folder)
+    with _quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded = family.from_pretrained(None, config=config, state_dict=weights, dtype="auto", **REPORTED)
+        model = _complete_model(loaded, folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+REPORTED = {
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # they are reported, and refused by _complete_model
+}
+
+
+def _check_config(folder: Path) -> None:
+    register_rotated_classes()
+    read_metadata(folder)
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"The checkpoint {folder} has model_type '{model_type}', which transformers does not know.")
+
+
+def _complete_model(loaded: tuple[PreTrainedModel, dict[str, Any]], folder: Path) -> PreTrainedModel:
+    """Return the model of (model, loading info), unless weights are missing, unexpected or of another shape."""
     model, loading = loaded
     for kind in ("missing", "unexpected", "mismatched"):
         if names := sorted(str(name) for name in loading[f"{kind}_keys"]):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"The checkpoint {folder} does not fit its config.json: {kind} weight {names[0]}{more}.")
-    return model.to(device)
+    return model
 
 
 def _checkpoint_config(
     model_folder: Path, *, boundaries: Sequence[int], untie: bool, metadata: dict[str, object]
 ) -> dict[str, Any]:
     """Derive the checkpoint's config.json from the model's."""
-    config = _read_json(model_folder / "config.json")
+    config = read_json(model_folder / "config.json")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the name of "dtype" before transformers 5
     if untie:
@@ -217,13 +234,6 @@ def _checkpoint_config(
     return config
 
 
-def _copy_files(source: Path, target: Path) -> None:
-    for pattern in COPIED_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
-
-
 def _add_custom_code(model_folder: Path, folder: Path) -> None:
     """Add the code of the rotated classes, and name in tokenizer_config.json the class that AutoTokenizer takes.
 
@@ -234,19 +244,43 @@ def _add_custom_code(model_folder: Path, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False, local_files_only=True)
-        _write_json(path, _read_json(path) | {"tokenizer_class": type(tokenizer).__name__})
+        write_json(path, read_json(path) | {"tokenizer_class": type(tokenizer).__name__})
 
 
-def _write_shards(partial: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, folder: Path) -> str:
-    """Write the shards and, if there are several, their index; return the name of the dtype that holds every tensor."""
+@dataclass(frozen=True)
+class Shards:
+    """Files that were written. dtype: the name of one that holds every tensor. weight_map: tensor -> file."""
+
+    files: list[str]
+    weight_map: dict[str, str]
+    total_size: int
+    dtype: str
+
+
+def write_shards(
+    partial: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    stem: str,
+    metadata: dict[str, str],
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+) -> Shards:
+    """Write partial/STEM-0000i-of-0000N.safetensors, with at most one shard in memory; `folder`: where they will be.
+
+    Args:
+        tensors: (name, tensor on any device), drawn one by one; stored bit by bit as they are.
+        metadata: goes in the header of each file.
+    Raises: ValueError or RuntimeError of one line for what the disk says.
+    """
     shard_of: dict[str, int] = {}
     total_size, num_shards = 0, 0
     dtype: torch.dtype | None = None
     for shard in _shards(tensors, max_shard_bytes):
         assert not shard.keys() & shard_of.keys(), f"given twice: {shard.keys() & shard_of.keys()}"
-        with _write_errors(folder):
+        with write_errors(folder):
             path = partial / f"{num_shards}.safetensors"
-            save_file(shard, path, metadata={"format": "pt"})
+            save_file(shard, path, metadata=metadata)
             path.chmod(partial.stat().st_mode & 0o666)  # safetensors 0.8 lets nobody but the owner read it
         for name, tensor in shard.items():
             shard_of[name] = num_shards
@@ -254,16 +288,17 @@ def _write_shards(partial: Path, tensors: Iterable[tuple[str, Tensor]], max_shar
             dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
         num_shards += 1
         shard.clear()  # before the next one fills
-    files = [f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
-    if num_shards == 1:
-        files = [WEIGHTS_NAME]
+    files = [f"{stem}-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
     for i, file in enumerate(files):
         os.replace(partial / f"{i}.safetensors", partial / file)
-    if num_shards > 1:
-        weight_map = {name: files[i] for name, i in shard_of.items()}
-        with _write_errors(folder):
-            _write_json(partial / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    return str(dtype).removeprefix("torch.")
+    weight_map = {name: files[i] for name, i in shard_of.items()}
+    return Shards(files, weight_map, total_size, str(dtype).removeprefix("torch."))
+
+
+def _with_positive_zeros(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """-0.0 becomes +0.0; 2:4 kernels have choked on negative zeros."""
+    for name, tensor in tensors:
+        yield name, tensor.detach() + 0.0 if tensor.is_floating_point() else tensor
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -274,35 +309,9 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iter
         if shard and size + tensor.nbytes > max_shard_bytes:
             yield shard
             shard, size = {}, 0
-        tensor = tensor.detach().to("cpu")
-        if tensor.is_floating_point():
-            tensor = tensor + 0.0  # -0.0 becomes +0.0; 2:4 kernels have choked on negative zeros
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor.detach().to("cpu").contiguous()
         size += tensor.nbytes
     yield shard
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    os.replace(folder, replaced)
-    os.replace(partial, folder)
-    shutil.rmtree(replaced)
-
-
-@contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk says while `folder` is written into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise RuntimeError(f"No room on the disk for the checkpoint {folder}: free some and run again.") from error
-        raise ValueError(f"The checkpoint {folder} cannot be written: {error}.") from error
 
 
 @contextmanager
@@ -316,44 +325,21 @@ def _quiet_transformers() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Open every shard, which checks that its header is whole and its size what the header says."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the shards of a checkpoint, all of them whole. Raises: ValueError if one is missing or damaged."""
     names = {WEIGHTS_NAME}
     if (folder / INDEX_NAME).is_file():
-        names = set(_read_json(folder / INDEX_NAME).get("weight_map", {}).values())
-    for name in sorted(names):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"The checkpoint {folder} is incomplete: {name} is missing.")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or make the checkpoint again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"There is no {path}: give a folder with a model in it.")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        names = set(read_json(folder / INDEX_NAME).get("weight_map", {}).values())
+    paths = [folder / name for name in sorted(names)]
+    for path in paths:
+        with open_shard(path):
+            pass
+    return paths
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json, and the model card that follows from it."""
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     has_custom_code = config["model_type"].startswith(MODEL_TYPE_PREFIX)
     metadata = {name: value for name, value in config["drotator"].items() if name != "format_version"}
-    _write_text(folder / "README.md", model_card(metadata, has_custom_code=has_custom_code))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(folder / "README.md", model_card(metadata, has_custom_code=has_custom_code))

@@ -1,4 +1,4 @@
-"""`drotator eval`: perplexity and zero-shot accuracy of any checkpoint, dense or pruned."""
+"""Commands on a finished checkpoint: `drotator eval` measures any, `drotator export` compresses a 2:4 one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from drotator import evaluation
 from drotator.artifacts import versions, write_text
 from drotator.checkpoint import read_metadata
-from drotator.config import EvalCommandConfig
+from drotator.config import EvalCommandConfig, ExportConfig
 from drotator.console import console
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.resources import choose_device
 from drotator.results import first_value
+from drotator.sparse24 import export_sparse24
 from drotator.summary import summary_table
 
 logger = logging.getLogger(__name__)
@@ -44,3 +45,15 @@ def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
     console().print(summary_table({folder.name: metrics}))
     logger.info("written to %s", run_dir / "metrics.json")
     return first_value(settings.eval.perplexity, metrics)
+
+
+def run_export(settings: ExportConfig) -> None:
+    """Carry out `drotator export`. Raises: ValueError as `export_sparse24` does, and for a model that is no folder."""
+    checkpoint = resolve_model(settings.model.path, settings.model.revision).resolve()
+    if not settings.output and not Path(settings.model.path).expanduser().is_dir():
+        raise ValueError(f"model.path={settings.model.path} is no folder to put an export beside: give output=FOLDER.")
+    beside = checkpoint.with_name(f"{checkpoint.name}-{settings.format}")
+    output = Path(settings.output).expanduser() if settings.output else beside
+    sizes = export_sparse24(checkpoint, output, overwrite=settings.overwrite)
+    logger.info("%s", sizes)
+    logger.info("written to %s", output)

@@ -42,7 +42,13 @@ HINTS = {
     "model": "Any other: model=local model.path=FOLDER, FILE.gguf or a hub id.",
     "calibration": "Your own text: calibration=local calibration.path=FILE.",
 }
-KINDS = {int: "a whole number", float: "a number", str: "a word", list[str]: "a list, such as [a,b]"}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list[str]: "a list, such as [a,b]",
+}
 NO_SUBMITIT = "cluster=slurm needs the package hydra-submitit-launcher: pip install 'drotator[slurm]'."
 
 
@@ -248,6 +254,8 @@ def _has_kind(value: object, hint: Any) -> bool:
     """Say whether a parsed value can have this type; Hydra's parser has already read numbers and lists."""
     if hint is str or (isinstance(value, str) and "${" in value):
         return not isinstance(value, list | dict)
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

@@ -23,6 +23,7 @@ OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
 BASELINES = ("auto", "always", "never")
+FORMATS = ("sparse24",)
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -315,6 +316,24 @@ class FetchConfig:
     model: ModelConfig
     calibration: CalibrationConfig
     eval: EvalConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """Settings of `drotator export`.
+
+    output: the folder to write; '' is one beside the checkpoint, CHECKPOINT-FORMAT. overwrite: replace an export that
+    stands there.
+    """
+
+    model: ModelConfig
+    format: str = "sparse24"
+    output: str = ""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, FORMATS)
+        _require(self.model.dtype == "auto", "model.dtype", self.model.dtype, "an export keeps the checkpoint's own")
 
 
 def describe(settings: object) -> dict[str, Any]:

@@ -20,7 +20,7 @@ tags:
 
 {settings}
 
-{numbers}## How to load it
+{numbers}{heading}
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +49,24 @@ Every decoder layer has a basis of its own, so between two layers stands one hid
 why `trust_remote_code=True` is needed. Where drotator is installed, `drotator.checkpoint.load_checkpoint` does
 without."""
 
+LOADING = "## How to load it"
+
+SPARSE24 = """\
+    from drotator import load_sparse24
+
+    model = load_sparse24(PATH)
+
+This folder is an export by `drotator export`, not a checkpoint: `from_pretrained` does not load it. `load_sparse24`
+gives bit by bit the weights of the checkpoint it was made from, dense in memory. For each pruned matrix the files hold
+the two weights that are kept of every four inputs (`.values`) and two bits for the place of each (`.metadata`).
+`sparse24.json` says in which file each tensor is.
+
+## What to expect
+
+The pruned matrices take 9/16 of their 16-bit size on disk, the other tensors what they took before. In memory the model
+is as large and as fast as the checkpoint. The layout is drotator's own, not that of a sparse tensor core's kernels.
+"""
+
 PLAIN_CODE = "It is a plain model of its family: no code beyond transformers is needed."
 
 
@@ -69,7 +87,13 @@ def model_card(metadata: Mapping[str, object], *, has_custom_code: bool) -> str:
         numbers=f"## Numbers\n\n{_metrics_table(metrics)}\n\n" if isinstance(metrics, Mapping) and metrics else "",
         trust=", trust_remote_code=True" if has_custom_code else "",
         loading=CUSTOM_CODE if has_custom_code else PLAIN_CODE,
+        heading=LOADING,
     )
+
+
+def sparse24_card(card: str) -> str:
+    """Return the README.md of a sparse24 export of a checkpoint with this card: the same model, loaded otherwise."""
+    return f"{card.partition(LOADING)[0].rstrip()}\n\n{LOADING}\n\n{SPARSE24}".lstrip()
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:

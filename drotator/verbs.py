@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drotator.config import CheckConfig, EvalCommandConfig, FetchConfig, PruneConfig
+from drotator.config import CheckConfig, EvalCommandConfig, ExportConfig, FetchConfig, PruneConfig
 
 
 def has_baseline(settings: PruneConfig, is_sweep: bool) -> bool:
@@ -43,6 +43,12 @@ def _fetch(settings: FetchConfig, run_dir: Path, is_sweep: bool) -> None:
     from drotator.fetch import fetch_all
 
     fetch_all(settings)
+
+
+def _export(settings: ExportConfig, run_dir: Path, is_sweep: bool) -> None:
+    from drotator.commands import run_export
+
+    run_export(settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,15 @@ VERBS: dict[str, Verb] = {
         settings=EvalCommandConfig,
         stage=_eval,
         examples=("drotator eval model.path=RUN/checkpoint", "drotator eval model=llama3-8b eval=quick"),
+    ),
+    "export": Verb(
+        summary="a 2:4 checkpoint in compressed files: only the kept weights and their places",
+        settings=ExportConfig,
+        stage=_export,
+        examples=(
+            "drotator export model.path=RUN/checkpoint format=sparse24",
+            "drotator export model.path=RUN/checkpoint output=FOLDER overwrite=true",
+        ),
     ),
     "check": Verb(
         summary="logits before and after merging rotations in your model",

@@ -171,6 +171,16 @@ def test_an_unstructured_option_is_its_percentage(option: str, fraction: float) 
     assert settings_of("prune", f"sparsity='{option}'").sparsity == config.SparsityConfig(ratio=fraction)
 
 
+def test_an_export_is_of_one_format_and_replaces_nothing_unless_asked() -> None:
+    settings = settings_of("export", "model.path=folder")
+    assert (settings.format, settings.output, settings.overwrite) == ("sparse24", "", False)
+    assert plan("export", ["model.path=folder", "output=there", "overwrite=true"]).folder == Path(".")
+
+
+def test_true_and_false_can_be_set() -> None:
+    assert plan("prune", ["rotation.R1=false", "rotation.R2=true"]).words
+
+
 def test_check_needs_little_text_and_few_steps_whatever_is_chosen() -> None:
     settings = settings_of("check", "model=llama3-8b", "optimizer=adam_qr")
     assert (settings.calibration.num_samples, settings.optimizer.steps) == (8, 20)

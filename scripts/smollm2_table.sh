@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The README's tables: SmolLM2-135M-Instruct, C4 calibration 128 x 2048, WikiText-2 and C4 perplexity, five zero-shot tasks.
-# Expected: the values in README.md within 3%. Cost on one H100: 2 minutes a run, half of that with JOBS=3.
+# Expected: the values in README.md within 3%. Cost on one H100: 1 to 2 minutes a run for perplexity; zero-shot tasks
+# (eval=full) wait for the device at every question, so run those one at a time: beside three others each took 8 minutes.
 # Usage: [JOBS=3] scripts/smollm2_table.sh PART FOLDER [overrides for every run]
 #   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds), or all
 set -euo pipefail

@@ -74,7 +74,8 @@ def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
             raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
     planned = [(settings, RunFolder.open(run_dir, describe(settings)))]
     if baseline:
-        unrotated = dataclasses.replace(settings, rotation=dataclasses.replace(settings.rotation, name="none"))
+        rotation = dataclasses.replace(settings.rotation, name="none", groups=1)
+        unrotated = dataclasses.replace(settings, rotation=rotation)
         folder = run_dir.with_name(f"{run_dir.name}-plain")
         planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated))))
     job = prepare(planned)
@@ -260,15 +261,19 @@ def learn_shared_rotation(
         start = starting_rotation(store.problem(0), len(group), settings, previous_rotation(run, group[0], settings))
         trained = learn_rotation(store, start, settings, can_capture=store.is_resident)
         identity = Rotation.identity(job.source.sizes, job.device)
+        learned = []
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
             rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
             if group[position] == job.source.num_layers // 2:
                 draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
             with torch.no_grad():
                 values = [float(objective(at.R1, at.R2)) for at in (identity, rotation)]
-            one = dataclasses.replace(trained, rotation=rotation, objective_before=values[0], objective_after=values[1])
-            run.save_rotation(group[position], one)
-    store.clear()
+            learned.append(
+                dataclasses.replace(trained, rotation=rotation, objective_before=values[0], objective_after=values[1])
+            )
+    store.clear()  # while there are no rotations yet: a run that is killed here learns them, and clears, again
+    for index, one in zip(group, learned, strict=True):
+        run.save_rotation(index, one)
 
 
 def previous_rotation(run: RunFolder, index: int, settings: PruneConfig) -> Tensor | None:

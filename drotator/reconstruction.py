@@ -46,7 +46,7 @@ def reconstruct_layer(
 
     Adam on float32 copies with a cosine schedule. Every token counts by its relative error, as the norms downstream
     see it: some tokens of language models are a thousand times larger than the others. Zeros stay +0.0. If the error
-    did not fall the layer is left as it was.
+    did not fall, or is not finite, the layer is left as it was.
 
     Args:
         layer: pruned, in the basis of R1; its inputs are those of `stream`.
@@ -77,16 +77,15 @@ def reconstruct_layer(
         for name, module in modules.items():
             module.weight.copy_(torch.where(masks[name], weights[name], 0))
     after = mean_error(layer, stream, index, R1)
+    if not after < before:  # nan too
+        with torch.no_grad():
+            for name, module in modules.items():
+                module.weight.copy_(pruned[name])
     if not math.isfinite(after):
         raise RuntimeError(
             f"Layer {index}: the error of its reconstruction is {after}. Lower reconstruct.learning_rate."
         )
-    if after >= before:
-        with torch.no_grad():
-            for name, module in modules.items():
-                module.weight.copy_(pruned[name])
-        after = before
-    return Reconstruction(before, after)
+    return Reconstruction(before, min(before, after))
 
 
 @contextmanager

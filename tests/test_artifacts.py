@@ -25,6 +25,7 @@ RESULT = LayerResult(
     seconds={"prune": 0.25},
     objective_history=[1.0, 0.5],
     damping={"mlp.up_proj": 0.1},
+    reconstruction={"before": 0.3, "after": 0.1},
     peak_memory_bytes={"host": 1, "device": 0},
     warnings=["the objective did not fall"],
 )
@@ -94,6 +95,7 @@ def test_a_rotation_comes_back_bitwise_with_its_training(run):
     assert torch.equal(found.rotation.R2, rotation.R2)
     assert (found.objective_before, found.objective_after, found.orthogonality) == (1.0, 0.5, 1e-7)
     assert (found.history, found.warnings) == ([1.0, 0.5], ["a warning"])
+    assert found.rotation.order is None
     assert run.has_rotations(range(1))
     assert not run.has_rotations(range(2))
 

@@ -241,6 +241,7 @@ def test_config_tokenizer_and_card_say_what_the_checkpoint_is(rotated: Path) -> 
     assert config["model_type"] == "drotator_llama"
     assert config["architectures"] == ["RotatedLlamaForCausalLM"]
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["boundary_layers"] == [0, 1]
     assert config["tie_word_embeddings"] is False
     assert config["dtype"] == "float32"
     assert "quantization_config" not in config
@@ -250,6 +251,21 @@ def test_config_tokenizer_and_card_say_what_the_checkpoint_is(rotated: Path) -> 
     card = (rotated / "README.md").read_text()
     assert "| sparsity | 2of4 |" in card
     assert "trust_remote_code=True" in card
+
+
+def test_a_checkpoint_with_some_boundaries_lists_them_and_is_refused_without_one(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    tensors = rotated_tensors(model_folder)
+    del tensors["model.layers.0.boundary.weight"]
+    folder = write_rotated(tmp_path / "rotated", model_folder, tensors=tensors, boundaries=[1])
+    assert json.loads((folder / "config.json").read_text())["boundary_layers"] == [1]
+    model: Any = load_checkpoint(folder)
+    assert [hasattr(layer, "boundary") for layer in model.model.layers] == [False, True, False]
+    assert torch.equal(model.model.layers[1].boundary.weight, tensors["model.layers.1.boundary.weight"])
+    drop(folder, "model.layers.1.boundary.weight")
+    with pytest.raises(ValueError, match=r"missing weight model\.layers\.1\.boundary\.weight\.$"):
+        load_checkpoint(folder)
 
 
 def test_everybody_may_read_the_weights_who_may_read_the_config(rotated: Path) -> None:

@@ -116,6 +116,7 @@ def test_help_lists_commands_groups_and_options(drotator: Drotator, words: list[
         "llama3-8b",
         "2of4",
         "riemannian_adam",
+        "reconstruct",
         "+experiment",
     ]:
         assert word in shown.stdout
@@ -129,6 +130,18 @@ def test_help_of_a_command_lists_options_with_their_comment_and_settings(drotato
     assert "model.dtype=auto" in shown
     assert f"drotator {verb}" in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_help_of_prune_lists_how_layers_are_reconstructed(drotator: Drotator) -> None:
+    lines = drotator("prune", "--help").stdout.splitlines()
+    text = " ".join(" ".join(lines[lines.index("reconstruct [none]") :]).split())
+    described = "block Surviving weights of each layer are tuned to the dense model's outputs."
+    assert text.startswith(f"reconstruct [none] {described} none Pruned weights stay as the pruner leaves them.")
+    defaults = config.ReconstructConfig()
+    for name in ("target", "epochs", "learning_rate"):
+        assert f"reconstruct.{name}={getattr(defaults, name)}" in text
+    for word in ("rotation.groups=1", "rotation.permute=none", "objective.weights=", "pruner.solve_steps=0"):
+        assert word in text
 
 
 def test_help_of_report_and_the_version_are_there(drotator: Drotator) -> None:
@@ -179,6 +192,17 @@ def test_help_composition_and_refusals_import_no_torch(environment: dict[str, st
         ("prune pruner.damping=5", "pruner.damping=5.0 is not allowed: between 0 and 1."),
         ("prune sparsity.keep=4", "sparsity.keep=4 is not allowed: 1 to 3."),
         ("prune model.dtype=fp16", "choose from auto, float32, bfloat16, float16"),
+        ("prune rotation.groups=2", "rotation.groups=2 is not allowed: needs rotation=shared."),
+        (
+            "prune rotation.permute=all",
+            "rotation.permute=all is not allowed: choose from none, intermediate, residual, both.",
+        ),
+        ("prune objective.weights=even", "objective.weights=even is not allowed: choose from uniform, sensitivity."),
+        ("prune reconstruct=blocks", "Did you mean reconstruct=block? Choose from block, none."),
+        (
+            "prune reconstruct=block reconstruct.target=dense",
+            "reconstruct.target=dense is not allowed: choose from model, layer.",
+        ),
         ("prune model=local", "model.path='' is not allowed: give a folder, a .gguf file or a hub id."),
         ("eval", "model.path='' is not allowed"),
         ("export", "model.path='' is not allowed"),

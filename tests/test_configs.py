@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import zipfile
@@ -115,10 +116,75 @@ def test_the_defaults_of_prune_are_those_of_the_readme() -> None:
     assert settings.model.path == "embedded"
     assert settings.pruner == config.PrunerConfig(name="sparsegpt", damping=0.01, block_size=128)
     assert settings.sparsity.label == "2of4"
-    assert settings.rotation.name == "per_layer"
-    assert settings.objective == config.ObjectiveConfig(name="pruning_error", salience="auto")
+    assert settings.rotation == config.RotationConfig(name="per_layer", groups=1, R1=True, R2=True, permute="none")
+    assert settings.objective == config.ObjectiveConfig(name="pruning_error", salience="auto", weights="sensitivity")
     assert settings.optimizer == config.OptimizerConfig(name="spectral", steps=200, learning_rate=0.15)
+    assert settings.reconstruct == config.ReconstructConfig(name="none")
     assert (settings.device, settings.seed, settings.resume, settings.baseline) == ("auto", 0, "", "auto")
+
+
+def test_reconstruction_and_admm_compose_to_what_their_yaml_and_schema_say() -> None:
+    words = ["pruner.iterations=30", "reconstruct.epochs=2", "rotation.permute=both", "objective.weights=uniform"]
+    settings = settings_of("prune", "reconstruct=block", "pruner=admm", *words)
+    assert (settings.rotation.permute, settings.objective.weights) == ("both", "uniform")
+    assert settings.reconstruct == config.ReconstructConfig(name="block", target="model", epochs=2)
+    assert settings.pruner == config.PrunerConfig(name="admm", damping=0.1, iterations=30, solve_steps=0)
+    assert settings_of("prune", "pruner=admm").pruner.iterations == 100
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_layers", "runs"),
+    [
+        (1, 5, [range(5)]),
+        (2, 3, [range(1), range(1, 3)]),
+        (2, 5, [range(2), range(2, 5)]),
+        (3, 32, [range(10), range(10, 21), range(21, 32)]),
+        (4, 4, [range(i, i + 1) for i in range(4)]),
+        (9, 4, [range(i, i + 1) for i in range(4)]),
+    ],
+)
+def test_groups_are_runs_of_neighbouring_layers_with_a_boundary_between_them(
+    groups: int, num_layers: int, runs: list[range]
+) -> None:
+    rotation = config.RotationConfig(name="shared", groups=groups)
+    assert rotation.runs(num_layers) == runs
+    assert rotation.boundaries(num_layers) == [run.stop - 1 for run in runs[:-1]]
+
+
+def test_without_r1_nothing_is_shared_and_layers_are_learned_one_by_one() -> None:
+    rotation = config.RotationConfig(name="shared", R1=False)
+    assert rotation.runs(3) == [range(1), range(1, 2), range(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "boundaries"),
+    [
+        ({"name": "per_layer"}, [0, 1, 2]),
+        ({"name": "shared"}, []),
+        ({"name": "none"}, []),
+        ({"name": "per_layer", "R1": False}, []),
+        ({"name": "shared", "groups": 2, "R1": False}, []),
+        ({"name": "per_layer", "R2": False}, [0, 1, 2]),
+    ],
+)
+def test_boundaries_stand_where_r1_changes(given: dict[str, Any], boundaries: list[int]) -> None:
+    assert config.RotationConfig(**given).boundaries(4) == boundaries
+
+
+@pytest.mark.parametrize(
+    ("schema", "wrong", "said"),
+    [
+        (config.RotationConfig, {"name": "none", "groups": 2}, "rotation.groups=2 is not allowed: needs rotation=sha"),
+        (config.RotationConfig, {"name": "shared", "groups": 0}, "rotation.groups=0 is not allowed: 1 or more."),
+        (config.ReconstructConfig, {"epochs": 0}, "reconstruct.epochs=0 is not allowed: 1 or more."),
+        (config.ReconstructConfig, {"learning_rate": 0.0}, "reconstruct.learning_rate=0.0 is not allowed: above 0."),
+        (config.PrunerConfig, {"solve_steps": -1}, "pruner.solve_steps=-1 is not allowed: 0 or more."),
+        (config.PrunerConfig, {"iterations": 0}, "pruner.iterations=0 is not allowed: 1 or more."),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_what_is_allowed(schema: Any, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        schema(**wrong)
 
 
 @pytest.mark.parametrize("verb", ["check", "fetch", "prune"])

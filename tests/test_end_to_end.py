@@ -20,6 +20,7 @@ from drotator import cli
 from drotator.architecture import ModelSource
 from drotator.artifacts import RunFolder
 from drotator.check import logits, rotate_randomly
+from drotator.config import RotationConfig
 from drotator.export import export_checkpoint
 from drotator.fetch import resolve_model
 from drotator.pipeline import Job
@@ -203,6 +204,6 @@ def test_merging_random_rotations_leaves_the_real_model_as_it_was(real, tmp_path
     device = torch.device("cpu")
     run = RunFolder.open(tmp_path / "run", {})
     rotate_randomly(SimpleNamespace(seed=0), Job(source, None, windows, device, {}, {}), run)
-    export_checkpoint("per_layer", run, source, {})
+    export_checkpoint(RotationConfig(), run, source, {})
     dense, merged = (logits(folder, windows, torch.float32, device) for folder in (source.folder, run.checkpoint))
     assert 0 < (merged - dense).abs().max() < 1e-3 * dense.abs().max()

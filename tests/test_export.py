@@ -29,15 +29,26 @@ def make_source(folder, *, tied, dtype=torch.float32):
     return ModelSource.open(folder)
 
 
+KINDS = {
+    "none": RotationConfig(name="none"),
+    "shared": RotationConfig(name="shared"),
+    "groups": RotationConfig(name="shared", groups=2),
+    "per_layer": RotationConfig(name="per_layer"),
+    "R2_alone": RotationConfig(name="per_layer", R1=False),
+}
+BOUNDARIES = {"none": [], "shared": [], "groups": [0], "per_layer": [0, 1], "R2_alone": []}
+
+
 def fill(run, source, kind):
-    """Put dense layers with random rotations in the run folder: the same R1 in all of them if kind is shared."""
+    """Put dense layers with random rotations in the run folder: an R1 after every boundary, if R1 is learned at all."""
     generator = torch.Generator().manual_seed(0)
-    R1 = None
+    R1 = torch.eye(source.sizes.hidden_size)
     for index in range(source.num_layers):
         layer = source.layer(index)
         if kind != "none":
             rotation = Rotation.random(source.sizes, generator).to(dtype=torch.float32)
-            R1 = rotation.R1 if R1 is None or kind == "per_layer" else R1
+            if KINDS[kind].R1 and (index == 0 or index - 1 in BOUNDARIES[kind]):
+                R1 = rotation.R1
             rotation = Rotation(R1, rotation.R2)
             merge_rotation(layer, source.spec, source.sizes, rotation.polished(), fold_norms(layer, source.spec))
             run.save_rotation(index, TrainedRotation(rotation, 0.0, 0.0, 0.0))
@@ -50,29 +61,30 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["none", "shared", "per_layer"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_an_exported_model_has_the_logits_of_the_model_it_was_made_from(tmp_path, run, kind, tied):
     source = make_source(tmp_path / "model", tied=tied)
     fill(run, source, kind)
-    export_checkpoint(RotationConfig(name=kind), run, source, {"rotation": kind})
+    export_checkpoint(KINDS[kind], run, source, {"rotation": kind})
     dense = load_checkpoint(source.folder)(TOKENS).logits
     exported = load_checkpoint(run.checkpoint)
     difference = (exported(TOKENS).logits - dense).abs().max()
     assert difference <= (0 if kind == "none" else 1e-4 * dense.abs().max())
-    assert exported.config.model_type == ("drotator_llama" if kind == "per_layer" else "llama")
+    assert exported.config.model_type == ("drotator_llama" if BOUNDARIES[kind] else "llama")
+    assert (run.checkpoint / "modeling_rotated.py").exists() == bool(BOUNDARIES[kind])
     assert exported.config.tie_word_embeddings == (tied and kind == "none")
 
 
-@pytest.mark.parametrize("kind", ["none", "shared", "per_layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_is_named_once_and_in_the_dtype_of_the_model(tmp_path, run, kind):
     source = make_source(tmp_path / "model", tied=True, dtype=torch.bfloat16)
     fill(run, source, kind)
-    tensors = list(checkpoint_tensors(RotationConfig(name=kind), run, source))
+    tensors = list(checkpoint_tensors(KINDS[kind], run, source))
     names = [name for name, _ in tensors]
     assert len(names) == len(set(names))
     boundaries = [name for name in names if "boundary" in name]
-    assert boundaries == ([f"model.layers.{i}.boundary.weight" for i in (0, 1)] if kind == "per_layer" else [])
+    assert boundaries == [f"model.layers.{i}.boundary.weight" for i in BOUNDARIES[kind]]
     assert ("lm_head.weight" in names) == (kind != "none")
     assert {tensor.dtype for _, tensor in tensors} == {torch.bfloat16}
 

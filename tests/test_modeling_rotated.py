@@ -60,7 +60,7 @@ def merge(model: Any, rotations: list[Tensor]) -> None:
                 weight.copy_(rotation.T @ weight)
                 if (bias := state.get(f"{layer}{writer}.bias")) is not None:
                     bias.copy_(bias @ rotation)
-            if i + 1 < len(rotations):
+            if f"{layer}boundary.weight" in state:
                 state[f"{layer}boundary.weight"].copy_((rotation.T @ rotations[i + 1]).T)
         head = state["lm_head.weight"]
         head.copy_(head * state["model.norm.weight"] @ rotations[-1])
@@ -92,6 +92,43 @@ def test_every_layer_but_the_last_has_a_boundary_under_its_contract_name(family:
     boundaries = {name: p.shape for name, p in rotated.named_parameters() if "boundary" in name}
     d = SIZES["hidden_size"]
     assert boundaries == {f"model.layers.{i}.boundary.weight": (d, d) for i in range(2)}
+
+
+@families
+@pytest.mark.parametrize("listed", [[], [0], [1], [0, 1]])
+@torch.no_grad()
+def test_the_layers_that_the_config_lists_have_a_boundary_and_no_others(family: str, listed: list[int]) -> None:
+    rotated_family = ROTATED_FAMILIES[family]
+    sizes = SIZES | BIASED.get(family, {})
+    rotated = rotated_family.causal_lm(rotated_family.config(**sizes, boundary_layers=listed)).eval()
+    names = {name for name, _ in rotated.named_parameters() if "boundary" in name}
+    assert names == {f"model.layers.{i}.boundary.weight" for i in listed}
+    assert [type(layer) is rotated_family.layer for layer in rotated.model.layers] == [i in listed for i in range(3)]
+    # The basis changes there alone.
+    plain = tiny_model(family, torch.float64)
+    rotated.double().load_state_dict(plain.state_dict(), strict=False)
+    bases = [random_orthogonal()]
+    for i in range(2):
+        bases.append(random_orthogonal() if i in listed else bases[-1])
+    plain, rotated = without_float32(plain), without_float32(rotated)
+    expected = plain(some_tokens()).logits
+    merge(rotated, bases)
+    assert (rotated(some_tokens()).logits - expected).abs().max() < 1e-9
+
+
+@families
+def test_a_list_of_boundaries_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    rotated_family = ROTATED_FAMILIES[family]
+    sizes = SIZES | BIASED.get(family, {})
+    model = rotated_family.causal_lm(rotated_family.config(**sizes, boundary_layers=[1])).eval()
+    with torch.no_grad():
+        model.model.layers[1].boundary.weight.copy_(random_orthogonal())
+        expected = model(some_tokens()).logits
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["boundary_layers"] == [1]
+        loaded = rotated_family.causal_lm.from_pretrained(tmp_path)
+        assert loaded.config.boundary_layers == [1]
+        assert torch.equal(loaded(some_tokens()).logits, expected)
 
 
 @families

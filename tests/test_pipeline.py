@@ -26,21 +26,35 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drotator import pipeline
+from drotator.architecture import ModelSource
 from drotator.artifacts import RunFolder
-from drotator.config import PRUNERS, ROTATIONS
+from drotator.calibration import calibration_windows
+from drotator.config import PRUNERS, ROTATIONS, PruneConfig
+from drotator.fetch import load_tokenizer
 from drotator.pipeline import run_prune
 from drotator.rotation import boundary_weight
+from drotator.statistics import ActivationStream
 
 FRESH = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
-from safetensors.torch import load_file, save_file
-from drotator.checkpoint import load_checkpoint
 folder, *names = sys.argv[1:]
+os.environ["HF_MODULES_CACHE"] = f"{folder}/modules"
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 tokens = load_file(f"{folder}/tokens")["tokens"]
-with torch.no_grad():
-    logits = {name: load_checkpoint(Path(folder, name, "checkpoint"))(tokens).logits for name in names}
-save_file(logits, f"{folder}/logits")
+
+@torch.no_grad()
+def logits(load):
+    return {name: load(Path(folder, name, "checkpoint"))(tokens).logits for name in names}
+
+sys.modules["drotator"] = None  # importing it fails
+by_anyone = logits(lambda path: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True))
+del sys.modules["drotator"]
+from drotator.checkpoint import load_checkpoint
+by_drotator = logits(load_checkpoint)
+assert all(torch.equal(by_anyone[name], by_drotator[name]) for name in names)
+save_file(by_drotator, f"{folder}/logits")
 """
 NAMES = [f"{pruner}-{rotation}" for pruner, rotation in itertools.product(PRUNERS, ROTATIONS)]
 ROTATED = [name for name in NAMES if not name.endswith("-none")]
@@ -61,7 +75,7 @@ def runs(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fresh_logits(runs):
-    """Logits of every run's checkpoint on TOKENS, from a process that only loads them."""
+    """Logits of every run's checkpoint on TOKENS, from a process that only loads them, with drotator and without."""
     save_file({"tokens": TOKENS}, runs / "tokens")
     command = [sys.executable, "-c", FRESH, str(runs), *NAMES]
     subprocess.run(command, check=True, env=process_environment())
@@ -220,6 +234,52 @@ def test_the_baseline_stands_beside_the_run_and_in_its_report(inputs, tmp_path, 
         assert all(column in text for column in ("dense", "plain", "rotated"))
     assert plain["metrics"]["dense"] == rotated["metrics"]["dense"]
     assert plain["metrics"]["pruned"] != rotated["metrics"]["pruned"]
+
+
+def test_a_run_in_groups_has_a_baseline_too(inputs, tmp_path, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(pipeline, "prepare", lambda planned: prepared.extend(planned) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_prune(settings(inputs, rotation={"name": "shared", "groups": 2}), tmp_path / "run", baseline=True)
+    assert [given.rotation.name for given, _ in prepared] == ["none", "shared"]
+    assert [folder.path.name for _, folder in prepared] == ["run-plain", "run"]
+
+
+@pytest.mark.parametrize("target", ["model", "layer"])
+def test_a_layer_is_reconstructed_towards_what_its_target_puts_out(inputs, tmp_path, target):
+    given = settings(
+        inputs,
+        rotation="none" if target == "layer" else "per_layer",
+        reconstruct={"name": "block", "target": target, "epochs": 3},
+        evaluation={"perplexity": []},
+    )
+    run_prune(given, tmp_path / "run", baseline=False)
+    found = [layer["reconstruction"]["after"] for layer in report_of(tmp_path / "run")["layers"]]
+    errors = output_errors(given, RunFolder(tmp_path / "run"))
+    other = {"model": "layer", "layer": "model"}[target]
+    assert found == pytest.approx(errors[target], rel=1e-3)
+    assert errors[other][0] == pytest.approx(errors[target][0], rel=1e-6)  # the dense model's inputs enter it too
+    for index in (1, 2):
+        assert abs(errors[other][index] - errors[target][index]) > 0.05 * errors[target][index]
+
+
+def output_errors(given: PruneConfig, run: RunFolder) -> dict[str, list[float]]:
+    """Relative error of each layer's output on the calibration text, by target, in the basis of the dense model."""
+    source, device = ModelSource.open(Path(given.model.path)), torch.device("cpu")
+    windows = calibration_windows(given.calibration, load_tokenizer(source.folder))
+    pruned, dense = (ActivationStream.start(source, windows, 2, device) for _ in range(2))
+    errors: dict[str, list[float]] = {"model": [], "layer": []}
+    for index in range(source.num_layers):
+        alone, layer = pruned.fork(), source.layer(index)
+        for stream in (dense, alone):
+            stream.advance(layer, index, None)
+        layer.load_state_dict(run.load_layer(index)[0])
+        R1 = run.load_rotation(index).rotation.polished().R1 if given.rotation.name != "none" else None
+        pruned.advance(layer, index, R1)
+        for target, stream in (("model", dense), ("layer", alone)):
+            y, wanted = (torch.cat(each.hidden).double() for each in (pruned, stream))
+            errors[target].append(float(((y - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()))
+    return errors
 
 
 MOMENTS = {

@@ -171,6 +171,28 @@ def test_a_rotated_layer_is_pruned_with_moments_of_its_own_basis(
     pruned_in_order(context, by_hand, PrunerConfig(name=pruner), TWO_OF_FOUR, merged.R1, monkeypatch)
 
 
+@by_pruner
+@by_sparsity
+def test_steps_of_the_solver_lower_the_errors_and_keep_the_masks(
+    pruner: str, sparsity: SparsityConfig, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, "llama")
+    errors, layers = [], []
+    for steps in (0, 4, 40):
+        context = context_of(source)
+        chosen = PrunerConfig(name=pruner, solve_steps=steps)
+        results, _ = prune_linears(context, chosen, sparsity, None, None)
+        errors.append([results[name].relative_error for name in source.spec.inputs["attention"]])
+        layers.append(context.layer)
+    plain, few, many = (torch.tensor(each) for each in errors)
+    gain = 1 + 1e-6 if pruner == "admm" else 0.95  # admm ends with such steps of its own
+    assert (few < gain * plain).all()
+    assert (many < (1 + 1e-6) * few).all()
+    for name in source.spec.inputs["attention"]:
+        masks = [linear(layer, name).weight != 0 for layer in layers]
+        assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
 def test_moments_that_are_known_are_used_for_attention_and_not_collected_again(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama")
     context, spec = context_of(source), source.spec
@@ -417,3 +439,110 @@ def test_the_importance_of_the_gate_is_that_of_its_rotated_weight(pruner: str, t
         }[pruner]
         found = importance_of_gate(dense.problem, at, chosen)
         torch.testing.assert_close(found.double(), W**2 * energy, rtol=2e-3, atol=1e-4)
+
+
+def permuted(chosen: PruneConfig, permute: str) -> PruneConfig:
+    return dataclasses.replace(chosen, rotation=RotationConfig(permute=permute))
+
+
+@families
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda"])
+def test_channels_in_a_better_order_lose_less_and_their_moments_go_with_them(
+    family: str, pruner: str, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family)
+    context, plain = context_of(source, 1), context_of(source, 1)
+    before, chosen = outputs(context), settings(pruner)
+    dense, unordered = open_layer(context, permuted(chosen, "intermediate")), open_layer(plain, chosen)
+    assert unordered.order is None
+    assert dense.order is not None
+    assert dense.order.sort().values.tolist() == list(range(48))
+    torch.testing.assert_close(outputs(context), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(dense.problem.weights["down"], linear(context.layer, source.spec.down).weight)
+    if pruner == "wanda":
+        H = moments(context, source.spec.down)
+        assert (dense.problem.hessians["down"] - H).norm() < 1e-5 * H.norm()
+    start = Rotation.identity(source.sizes)
+    found = [float(objective_of(each.problem, chosen)(start.R1, start.R2)) for each in (dense, unordered)]
+    assert found[0] < found[1]
+    assert learn_layer(dense, settings(pruner, steps=0)).rotation.order is dense.order
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda"])
+def test_training_starts_from_the_order_of_the_residual_channels_that_loses_less(pruner: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    dense = open_layer(context_of(source, 1), settings(pruner))
+    for permute in ("none", "intermediate"):
+        start = starting_rotation(dense.problem, 1, permuted(settings(pruner), permute))
+        assert torch.equal(start.R1, torch.eye(32))
+    start = starting_rotation(dense.problem, 2, permuted(settings(pruner), "residual"))
+    assert ((start.R1 == 0) | (start.R1 == 1)).all()
+    assert (start.R1.sum(0) == 1).all() and (start.R1.sum(1) == 1).all()
+    assert torch.equal(start.R2, torch.eye(12).repeat(4, 1, 1))
+    objective = objective_of(dense.problem, settings(pruner))
+    heads = torch.eye(12).repeat(2, 1, 1)
+    found, inverse, identity = (float(objective(R1, heads)) for R1 in (start.R1, start.R1.mT, torch.eye(32)))
+    assert found < 0.9 * identity
+    assert found < 0.95 * inverse  # the order is not put in the other way round
+
+
+def test_training_that_goes_on_from_a_rotation_starts_there_and_tells_what_there_was_without_one(
+    tmp_path: Path,
+) -> None:
+    source = tiny_source(tmp_path, "llama")
+    dense = open_layer(context_of(source, 1), settings())
+    previous = Rotation.random(source.sizes, torch.Generator().manual_seed(0)).R1
+    for permute in ("none", "both"):
+        start = starting_rotation(dense.problem, 2, permuted(settings(), permute), previous)
+        assert torch.equal(start.R1, previous.float())
+        assert torch.equal(start.R2, torch.eye(12).repeat(4, 1, 1))
+    trained = learn_layer(dense, settings(steps=3), previous)
+    assert trained.objective_before == pytest.approx(objective_at(dense, None), rel=1e-6)
+    identity = Rotation.identity(source.sizes)
+    at_previous = objective_at(dense, dataclasses.replace(identity, R1=previous.float()))
+    assert trained.history[0] == pytest.approx(at_previous, rel=1e-5)
+    assert abs(at_previous - trained.objective_before) > 0.01 * at_previous
+    assert trained.objective_after == min(trained.history)
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+def test_permutations_alone_lower_the_error_that_pruning_leaves(pruner: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    errors = {}
+    for permute in ("none", "both"):
+        context, chosen = context_of(source), permuted(settings(pruner, steps=0), permute)
+        dense = open_layer(context, chosen)
+        R1 = merge(context, dense.weights, learn_layer(dense, chosen).rotation).R1
+        results, _ = prune_linears(context, chosen.pruner, chosen.sparsity, R1, None)
+        errors[permute] = sum(result.relative_error for result in results.values())
+    assert errors["both"] < 0.97 * errors["none"]
+
+
+@pytest.mark.parametrize(("R1", "R2"), [(True, False), (False, True)])
+def test_a_rotation_that_is_switched_off_stays_the_identity(R1: bool, R2: bool, tmp_path: Path) -> None:
+    dense = open_layer(context_of(tiny_source(tmp_path, "llama")), settings())
+    chosen = dataclasses.replace(settings(), rotation=RotationConfig(R1=R1, R2=R2))
+    trained = learn_layer(dense, chosen)
+    assert trained.objective_after < trained.objective_before
+    for R, is_learned in ((trained.rotation.R1, R1), (trained.rotation.R2, R2)):
+        assert torch.equal(R, torch.eye(R.shape[-1]).expand_as(R)) is not is_learned
+
+
+@families
+def test_weights_by_sensitivity_are_collected_and_reach_the_objective(family: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family)
+    weighted, chosen = (
+        dataclasses.replace(settings(), objective=ObjectiveConfig(name="pruning_error", weights=weights))
+        for weights in ("sensitivity", "uniform")
+    )
+    dense, uniform = (open_layer(context_of(source, 1), each) for each in (weighted, chosen))
+    assert uniform.problem.sensitivities == {}
+    assert set(dense.problem.sensitivities) == set(dense.problem.weights)
+    assert all(moments.isfinite().all() for moments in dense.problem.sensitivities.values())
+    start = Rotation.identity(source.sizes)
+    found = [float(objective_of(each.problem, chosen)(start.R1, start.R2)) for each in (dense, uniform)]
+    assert 0 < found[0] < 0.5  # a part of what all linears do to the output: the lesser half of the weights goes
+    assert 0 < found[1] < 7 * 0.5  # the sum of such parts of seven linears
+    assert found[1] > 2 * found[0]
+    trained = learn_layer(dense, weighted)
+    assert trained.objective_after < 0.98 * trained.objective_before

@@ -98,6 +98,7 @@ def test_a_report_that_is_written_and_read_is_the_same(tmp_path: Path) -> None:
     report = make_report()
     report.layers[1].warnings = ["the objective did not fall"]
     report.layers[1].damping = {"mlp.down_proj": 0.1}
+    report.layers[0].reconstruction = {"before": 0.3, "after": 0.1}
     write_report(tmp_path, report)
     assert load_report(tmp_path) == report
     assert load_report(tmp_path / "report.json") == report

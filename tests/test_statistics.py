@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drotator.architecture import ModelSource, hidden_states, linear
 from drotator.rotation import Rotation, fold_norms, merge_rotation
-from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
+from drotator.statistics import SENSITIVITY_BATCHES, ActivationStream, collect_hessians, collect_sensitivities
 
 CPU = torch.device("cpu")
 SLIDING: dict[str, dict[str, Any]] = {
@@ -208,7 +208,9 @@ def test_a_fork_leaves_the_stream_where_it_is(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama")
     stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
     before = [hidden.clone() for hidden in stream.hidden]
+    stream.dense = list(stream.hidden)
     ahead = stream.fork()
+    assert ahead.dense == []  # a look ahead needs no targets, and must not hold on to them
     ahead.advance(source.layer(0), 0, None)
     assert all(torch.equal(hidden, old) for hidden, old in zip(stream.hidden, before, strict=True))
     stream.advance(source.layer(0), 0, None)
@@ -225,3 +227,78 @@ def test_the_dense_stream_is_what_the_dense_layers_make_of_its_inputs(tmp_path: 
         expected.advance(source.layer(index), index, None)
     assert all(torch.equal(dense, hidden) for dense, hidden in zip(stream.dense, expected.hidden, strict=True))
     assert not any(torch.equal(dense, hidden) for dense, hidden in zip(stream.dense, stream.hidden, strict=True))
+
+
+def outputs_of(layer: Any, stream: ActivationStream, index: int) -> list[Tensor]:
+    with torch.no_grad():
+        return [hidden_states(layer(hidden, **kwargs)) for hidden, kwargs in stream.batches(index, None)]
+
+
+def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "qwen2", **SLIDING["qwen2"])
+    stream, model = ActivationStream.start(source, some_tokens(3, 11), 2, CPU), tiny_model("qwen2", **SLIDING["qwen2"])
+    stream.dense = list(stream.hidden)
+    states: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: states.append(hidden_states(output)))
+    with torch.no_grad():
+        model(some_tokens(3, 11))
+    for index in range(source.num_layers):
+        inputs = [hidden.clone() for hidden in stream.hidden]
+        stream.advance_dense(source.layer(index), index, stream.dense)
+        torch.testing.assert_close(torch.cat(stream.dense), states[index], rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(*pair) for pair in zip(stream.hidden, inputs, strict=True))
+    # Of the inputs of a pruned model it is the dense layer's output on them.
+    other = [hidden + 1 for hidden in stream.hidden]
+    stream.advance_dense(source.layer(1), 1, other)
+    expected = outputs_of(source.layer(1), ActivationStream(other, stream.calls, CPU), 1)
+    assert all(torch.equal(*pair) for pair in zip(stream.dense, expected, strict=True))
+
+
+@families
+def test_sensitivities_have_a_number_for_an_output_and_moments_within_value_heads(family: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, family, torch.bfloat16)
+    spec = source.spec
+    stream = ActivationStream.start(source, some_tokens(3), 2, CPU)
+    found = collect_sensitivities(source.layer(0), spec, source.sizes, stream, 0, seed=0)
+    shapes = {spec.query: (48,), spec.key: (24,), spec.gate: (48,), spec.up: (48,), spec.value: (2, 12, 12)}
+    assert {name: tuple(moments.shape) for name, moments in found.items()} == {
+        **shapes,
+        spec.output: (),
+        spec.down: (),
+    }
+    for name, moments in found.items():
+        assert moments.dtype is torch.float32
+        assert not moments.requires_grad
+        diagonal = moments.diagonal(dim1=-2, dim2=-1) if name == spec.value else moments
+        assert (diagonal > 0).all(), name
+    assert torch.equal(found[spec.value], found[spec.value].mT)
+    assert (torch.linalg.eigvalsh(found[spec.value].double()) > -1e-5 * found[spec.value].abs().max()).all()
+
+
+def test_sensitivities_are_drawn_by_their_seed_and_leave_layer_and_stream_as_they_were(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    stream, layer = ActivationStream.start(source, some_tokens(3), 2, CPU), source.layer(0)
+    hidden = [batch.clone() for batch in stream.hidden]
+    before = outputs_of(layer, stream, 0)
+    torch.manual_seed(0)
+    first = collect_sensitivities(layer, source.spec, source.sizes, stream, 0, seed=5)
+    torch.manual_seed(1)
+    again, other = (collect_sensitivities(layer, source.spec, source.sizes, stream, 0, seed) for seed in (5, 6))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(*pair) for pair in zip(stream.hidden, hidden, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(outputs_of(layer, stream, 0), before, strict=True))
+    assert not any(module._forward_hooks for module in layer.modules())
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_the_first_batches_are_enough_for_sensitivities(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    layer = source.layer(0)
+    long, short = (
+        ActivationStream.start(source, some_tokens(6)[: 2 * batches], 2, CPU) for batches in (3, SENSITIVITY_BATCHES)
+    )
+    assert len(long.hidden) > len(short.hidden)
+    found = [collect_sensitivities(layer, source.spec, source.sizes, stream, 0, seed=0) for stream in (long, short)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -22,6 +22,7 @@ from drotator.config import (
     OptimizerConfig,
     PruneConfig,
     PrunerConfig,
+    ReconstructConfig,
     RotationConfig,
     SparsityConfig,
 )
@@ -57,13 +58,20 @@ def make_inputs(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: 
     return folder
 
 
+Option = str | dict[str, Any]
+"""A group's option by its name, or all that is set in the group."""
+
+
 def settings(
     inputs: Path,
     *,
-    pruner: str = "sparsegpt",
-    rotation: str = "per_layer",
+    pruner: Option = "sparsegpt",
+    rotation: Option = "per_layer",
+    objective: Option = "pruning_error",
+    reconstruct: Option = "none",
     sparsity: dict[str, Any] | None = None,
     steps: int = 5,
+    optimizer: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
     **more: Any,
 ) -> PruneConfig:
@@ -71,17 +79,24 @@ def settings(
     given = {"name": "embedded", "source": "embedded", "perplexity": ["passages"], "tasks": [], "limit": 20}
     return PruneConfig(
         model=ModelConfig(path=str(inputs / "model")),
-        pruner=PrunerConfig(name=pruner),
+        pruner=PrunerConfig(**in_words(pruner)),
         sparsity=SparsityConfig(**(sparsity or {"ratio": 0.0, "keep": 2, "group": 4})),
-        rotation=RotationConfig(name=rotation),
-        objective=ObjectiveConfig(name="pruning_error"),
-        optimizer=OptimizerConfig(name="riemannian_adam", steps=steps, learning_rate=0.01),
+        rotation=RotationConfig(**in_words(rotation)),
+        objective=ObjectiveConfig(**in_words(objective)),
+        optimizer=OptimizerConfig(
+            **({"name": "riemannian_adam", "steps": steps, "learning_rate": 0.01} | (optimizer or {}))
+        ),
         calibration=CalibrationConfig(
             dataset="local", path=str(inputs / "text.txt"), num_samples=3, seqlen=32, batch_size=2
         ),
         eval=EvalConfig(**(given | {"seqlen": 32, "windows": 4} | (evaluation or {}))),
+        reconstruct=ReconstructConfig(**in_words(reconstruct)),
         **more,
     )
+
+
+def in_words(option: Option) -> dict[str, Any]:
+    return {"name": option} if isinstance(option, str) else option
 
 
 def words_of(inputs: Path, *more: str) -> list[str]:

@@ -128,6 +128,10 @@ class RotationConfig:
         _require(
             self.R2 or self.value_map == "orthogonal", "rotation.value_map", self.value_map, "needs rotation.R2=true"
         )
+        fits = self.R1 or self.permute in ("none", "intermediate")
+        _require(
+            fits, "rotation.permute", self.permute, "the residual channels are permuted by R1: set rotation.R1=true"
+        )
         _require(self.groups >= 1, "rotation.groups", self.groups, "1 or more")
         _require(self.groups == 1 or self.name == "shared", "rotation.groups", self.groups, "needs rotation=shared")
 

@@ -242,7 +242,7 @@ def build_objective(
     G = dict(problem.sensitivities)
     if value_map == "invertible":
         G.setdefault("value", reader_moments(W["output"], sizes))
-    norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in W}
+    norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in INPUT_OF}
     if problem.sensitivities:  # errors of different linears are then comparable, and only their sum is normalised
         norms = dict.fromkeys(norms, torch.stack(list(norms.values())).sum())
 

@@ -74,8 +74,7 @@ def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
             raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
     planned = [(settings, RunFolder.open(run_dir, describe(settings)))]
     if baseline:
-        rotation = dataclasses.replace(settings.rotation, name="none", groups=1)
-        unrotated = dataclasses.replace(settings, rotation=rotation)
+        unrotated = dataclasses.replace(settings, rotation=RotationConfig(name="none"))
         folder = run_dir.with_name(f"{run_dir.name}-plain")
         planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated))))
     job = prepare(planned)

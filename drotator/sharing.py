@@ -22,8 +22,7 @@ from drotator.objectives import LayerProblem, Objective
 from drotator.pruning import objective_of
 
 DEVICE_SHARE = 0.25
-"""Part of the device's memory that may be filled with the problems of layers. Of all of it, not of what is free at the
-moment: the choice moves the last bits of the result, and a resumed run must make it again."""
+"""Part of the device's memory that may be filled with the problems of layers."""
 
 
 class ProblemStore(Sequence[Objective]):

@@ -268,3 +268,10 @@ def test_the_wheel_carries_the_configs_and_works_outside_the_repository(tmp_path
         [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert "ratio: 0.6" in shown.stdout
+
+
+@pytest.mark.parametrize("permute", ["residual", "both"])
+def test_residual_channels_are_not_permuted_without_r1(permute: str) -> None:
+    with pytest.raises(ValueError, match=f"rotation.permute={permute} is not allowed: the residual channels"):
+        plan("prune", ["rotation.R1=false", f"rotation.permute={permute}"])
+    assert plan("prune", ["rotation.R1=false", "rotation.permute=intermediate"]).words

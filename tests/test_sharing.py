@@ -73,17 +73,11 @@ def assert_same_problem(found: LayerProblem, expected: LayerProblem) -> None:
         assert torch.equal(tensors[key], tensor), key
 
 
-NORMS_ARE_ADDED_IN_ANOTHER_ORDER = pytest.mark.xfail(
-    strict=True,
-    reason="build_objective adds up norms in the order of W's keys, which a file sorts: the last bit differs",
-)
-
-
 @pytest.mark.parametrize(
     "objective",
     [
         pytest.param(UNIFORM, id="uniform"),
-        pytest.param(SENSITIVE, id="sensitivity", marks=NORMS_ARE_ADDED_IN_ANOTHER_ORDER),
+        pytest.param(SENSITIVE, id="sensitivity"),
     ],
 )
 def test_problems_in_files_give_the_rotation_that_problems_in_memory_give(

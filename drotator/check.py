@@ -14,12 +14,13 @@ from torch import Tensor
 
 from drotator import calibration
 from drotator.architecture import ModelSource
-from drotator.artifacts import RunFolder, write_text
+from drotator.artifacts import RunFolder
 from drotator.checkpoint import load_checkpoint
 from drotator.config import CheckConfig, EvalConfig, PruneConfig, PrunerConfig, RotationConfig, describe
 from drotator.console import console
 from drotator.export import export_checkpoint
 from drotator.fetch import load_tokenizer, resolve_model
+from drotator.folders import write_text
 from drotator.pipeline import Job, missing_bytes, prune_layers
 from drotator.resources import check_disk_space, choose_device
 from drotator.results import LayerResult

@@ -7,11 +7,12 @@ import logging
 from pathlib import Path
 
 from drotator import evaluation
-from drotator.artifacts import versions, write_text
+from drotator.artifacts import versions
 from drotator.checkpoint import read_metadata
 from drotator.config import EvalCommandConfig, ExportConfig
 from drotator.console import console
 from drotator.fetch import load_tokenizer, resolve_model
+from drotator.folders import write_text
 from drotator.resources import choose_device
 from drotator.results import first_value
 from drotator.sparse24 import export_sparse24

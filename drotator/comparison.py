@@ -17,8 +17,9 @@ from rich.text import Text
 
 from drotator.config import PERPLEXITY_SETS, PRUNERS, ROTATIONS
 from drotator.console import console
+from drotator.folders import write_text
 from drotator.plots import plot_comparison
-from drotator.report import load_report, markdown_list, markdown_table, without_nan, write_text
+from drotator.report import load_report, markdown_list, markdown_table, without_nan
 from drotator.results import Metrics, RunReport
 from drotator.summary import (
     EVALUATION,

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from drotator import evaluation
 from drotator.architecture import ModelSource
-from drotator.artifacts import versions, write_text
+from drotator.artifacts import versions
 from drotator.config import EvalConfig, describe
 from drotator.fetch import cache_dir
+from drotator.folders import write_text
 from drotator.resources import device_name
 from drotator.results import Metrics
 

@@ -26,6 +26,7 @@ from drotator.objectives import (
 )
 from drotator.permutation import search_order
 from drotator.pruners import PRUNERS, relative_error, sparsity_of
+from drotator.pruners.solve import solve_on_mask
 from drotator.resources import Stopwatch
 from drotator.results import LinearResult
 from drotator.rotation import Rotation, fold_norms, merge_rotation, reorder_intermediate, rotate_value_rows
@@ -73,7 +74,8 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
     hessians = context.collect(wanted) if wanted else {}
     order = None
     if settings.rotation.permute in ("intermediate", "both"):
-        order = intermediate_order(weights[spec.down].float(), hessians.get("down"), salience, settings)
+        S = importance(weights[spec.down].float(), hessians.get("down"), None, settings)
+        order = search_order([S.mT / S.sum()], settings.sparsity, settings.seed)
         reorder_intermediate(layer, spec, weights, order)
         if "down" in hessians:
             hessians["down"] = hessians["down"][order][:, order]
@@ -87,10 +89,18 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
     return DenseLayer(context, weights, problem, order)
 
 
-def intermediate_order(W: Tensor, H: Tensor | None, salience: str, settings: PruneConfig) -> Tensor:
-    """Order of the MLP's intermediate channels in which the mask of `down` removes less. W: (d, m)."""
-    S = W.square() if H is None else W.square() * column_energy(H, None, salience, settings.pruner.damping)
-    return search_order([S.mT / S.sum()], settings.sparsity, settings.seed)
+def importance(W: Tensor, H: Tensor | None, R: Tensor | None, settings: PruneConfig) -> Tensor:
+    """Importance of a linear's weights with the settings' salience, (d_out, d_in), in the dense basis or in that of R.
+
+    Args:
+        H: (d_in, d_in) in the dense basis; None where the salience does not look at the inputs.
+        R: (d_in, d_in), merged in the linear's inputs.
+    """
+    S = (W if R is None else W @ R).square()
+    if H is None:
+        return S
+    salience = chosen_salience(settings.objective, settings.pruner.name)
+    return S * column_energy(H, R, salience, settings.pruner.damping)
 
 
 def objective_of(problem: LayerProblem, settings: PruneConfig) -> Objective:
@@ -114,11 +124,9 @@ def starting_rotation(
     start = Rotation.identity(problem.sizes, W.device)
     R1 = start.R1 if previous is None else previous.to(W)
     if previous is None and settings.rotation.permute in ("residual", "both"):
-        salience = chosen_salience(settings.objective, settings.pruner.name)
         importances = []
         for name in ("query", "key", "value", "gate", "up"):
-            S, H = problem.weights[name].square(), problem.hessians.get(INPUT_OF[name])
-            S = S if H is None else S * column_energy(H, None, salience, settings.pruner.damping)
+            S = importance(problem.weights[name], problem.hessians.get(INPUT_OF[name]), None, settings)
             importances.append(S.mT / S.sum())
         R1 = R1[:, search_order(importances, settings.sparsity, settings.seed)]
     return Rotation(R1, start.R2.repeat(num_layers, 1, 1), value_map=settings.rotation.value_map)
@@ -169,13 +177,8 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
 
 def importance_of_gate(problem: LayerProblem, rotation: Rotation | None, settings: PruneConfig) -> Tensor:
     """Importance of gate_proj's weights, (m, d), in the dense basis or in that of the rotation: for the plots."""
-    W, H = problem.weights["gate"], problem.hessians.get("mlp")
-    R1 = None if rotation is None else rotation.R1.to(W)
-    S = (W if R1 is None else W @ R1).square()
-    if H is None:
-        return S
-    salience = chosen_salience(settings.objective, settings.pruner.name)
-    return S * column_energy(H, R1, salience, settings.pruner.damping)
+    W = problem.weights["gate"]
+    return importance(W, problem.hessians.get("mlp"), None if rotation is None else rotation.R1.to(W), settings)
 
 
 @torch.no_grad()
@@ -211,8 +214,6 @@ def prune_linears(
                         raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
                     weight = pruned.weight
                     if pruner.solve_steps:
-                        from drotator.pruners.solve import solve_on_mask
-
                         weight = solve_on_mask(
                             W, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps
                         )
@@ -221,7 +222,8 @@ def prune_linears(
                         raised[name] = pruned.damping
                 before, after = W, module.weight.float()
                 if R2 is not None and name == context.spec.value:
-                    before, after = (rotate_value_rows(rows, torch.linalg.inv(R2).to(W)) for rows in (before, after))
+                    undo = torch.linalg.inv(R2).to(W)
+                    before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
                 error = relative_error(before, after, H)
                 results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error))
     return results, raised

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +63,11 @@ def reconstruct_layer(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, num_steps)
         batch = order[step % len(stream.hidden)]
-        with torch.enable_grad(), fast_products(stream.device):
+        # On a GPU a float32 layer computes in bfloat16 too: what it is tuned by is far above rounding.
+        with (
+            torch.enable_grad(),
+            torch.autocast(stream.device.type, torch.bfloat16, enabled=stream.device.type == "cuda"),
+        ):
             cast = {name: weight.to(modules[name].weight.dtype) for name, weight in weights.items()}
             loss = batch_error(layer, stream, index, R1, batch, cast)
             gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -86,13 +88,6 @@ def reconstruct_layer(
             f"Layer {index}: the error of its reconstruction is {after}. Lower reconstruct.learning_rate."
         )
     return Reconstruction(before, min(before, after))
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Let a float32 layer compute in bfloat16 where it is tuned on a GPU: what it is tuned by is far above rounding."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        yield
 
 
 def batch_error(

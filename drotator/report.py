@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from drotator.folders import write_text
 from drotator.results import LayerResult, LinearResult, RunReport
 from drotator.summary import (
     NAMES,
@@ -97,12 +97,6 @@ def load_report(run: Path) -> RunReport:
         raise ValueError(f"{path} is damaged ({error} is missing): resume the run to write it anew.") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): resume the run to write it anew.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def without_nan(value: Any, where: str, lost: list[str]) -> Any:

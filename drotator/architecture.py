@@ -225,7 +225,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def embed(
-    source: ModelSource, windows: Tensor, batch_size: int, device: torch.device
+    source: ModelSource, windows: Tensor, batch_size: int | list[int], device: torch.device
 ) -> tuple[list[Tensor], LayerCalls]:
     """Run the model's own forward with its layers replaced by recorders.
 
@@ -233,6 +233,7 @@ def embed(
 
     Args:
         windows: (N, T) int64 token ids.
+        batch_size: windows of a batch, or of each batch.
     Returns: hidden states in batches (b, T, d) on `device`, and the layers' keyword arguments by batch size.
     """
     model = copy.deepcopy(source.skeleton)

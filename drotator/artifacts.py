@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drotator.distributed import ALONE, World
 from drotator.folders import write_text
 from drotator.results import LayerResult, LinearResult
 from drotator.rotation import Rotation
@@ -30,31 +31,41 @@ FREE_TO_CHANGE = ("resume", "baseline", "device")
 
 
 class RunFolder:
-    """One run's files. Each is written to a temporary name and renamed, so that what is there is whole."""
+    """One run's files. Each is written to a temporary name and renamed, so that what is there is whole.
 
-    def __init__(self, path: Path) -> None:
+    Of the processes of a world the first one reads and writes, and the others are told what was read: all of them call
+    the same methods.
+    """
+
+    def __init__(self, path: Path, world: World = ALONE) -> None:
         self.path = path
+        self.world = world
         self.checkpoint = path / "checkpoint"
         self.plots = path / "plots"
+        self.problems = path / ("problems" if world.is_first else f"problems-{world.rank}")
 
     @classmethod
-    def open(cls, path: Path, settings: dict[str, Any]) -> RunFolder:
+    def open(cls, path: Path, settings: dict[str, Any], world: World = ALONE) -> RunFolder:
         """Create the folder, or open one that was made with the same settings.
 
         Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named).
         """
-        run = cls(path)
+        run = cls(path, world)
+        world.share(lambda: run._begin(settings))
+        return run
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        path = self.path
         try:
-            for folder in (path / "layers", path / "rotations", run.plots):
+            for folder in (path / "layers", path / "rotations", self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
             if (path / "config.yaml").exists():
-                run._compare(settings)
+                self._compare(settings)
             else:
                 write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"The run folder {path} cannot be written: {error.strerror or error}.") from error
-        return run
 
     def _compare(self, settings: dict[str, Any]) -> None:
         try:
@@ -81,18 +92,24 @@ class RunFolder:
 
     def save_layer(self, index: int, state: dict[str, Tensor], result: LayerResult) -> None:
         """Save a finished layer: its state dict, and its result in the file's metadata."""
-        save_tensors(self.layer_file(index), state, {"result": json.dumps(asdict(result))})
+        if self.world.is_first:
+            save_tensors(self.layer_file(index), state, {"result": json.dumps(asdict(result))})
+
+    def has_layer(self, index: int) -> bool:
+        return self.world.share(self.layer_file(index).exists)
 
     def load_layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult]:
-        state, record = load_tensors(self.layer_file(index), "result")
+        state, record = self.world.share(lambda: load_tensors(self.layer_file(index), "result"))
         linears = {name: LinearResult(**linear) for name, linear in record.pop("linears").items()}
         return state, LayerResult(linears=linears, **record)
 
     def has_rotations(self, layers: Iterable[int]) -> bool:
-        return all(self.rotation_file(index).exists() for index in layers)
+        return self.world.share(lambda: all(self.rotation_file(index).exists() for index in layers))
 
     def save_rotation(self, index: int, trained: TrainedRotation) -> None:
         """Save R1 and R2 as learned, float32; in the file's metadata what R2 may be, and how the training went."""
+        if not self.world.is_first:
+            return
         record = {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "rotation"}
         record["value_map"] = trained.rotation.value_map
         tensors = {name: tensor for name, tensor in vars(trained.rotation).items() if isinstance(tensor, Tensor)}
@@ -100,12 +117,13 @@ class RunFolder:
 
     def load_rotation(self, index: int) -> TrainedRotation:
         """The layer's rotation as it was learned; its `polished()` is the one that was merged."""
-        tensors, record = load_tensors(self.rotation_file(index), "training")
+        tensors, record = self.world.share(lambda: load_tensors(self.rotation_file(index), "training"))
         value_map = record.pop("value_map", "orthogonal")  # older files do not say
         return TrainedRotation(Rotation(**tensors, value_map=value_map), **record)
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        if self.world.is_first:
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

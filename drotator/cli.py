@@ -2,6 +2,7 @@
 
 0: done. 1: a run met something, or a job of a sweep failed. 2: what was typed or given cannot work. 130: interrupted.
 Whatever fails ends in one line on stderr; its traceback is in log.txt, and on stderr too with DROTATOR_TRACEBACK=1.
+Of several processes that torchrun or srun started, the first to fail tells.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from drotator import __version__, usage
+from drotator import __version__, processes, usage
 from drotator.verbs import REPORT, REPORT_SUMMARY, VERBS
+
+if TYPE_CHECKING:
+    from drotator.composition import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         os.environ["DROTATOR_TRACEBACK"] = "1"
+    exit_code = _carry_out(words)
+    processes.leave(exit_code)
+    return exit_code
+
+
+def _carry_out(words: list[str]) -> int:
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
@@ -55,7 +65,10 @@ def _dispatch(words: list[str]) -> int:
 def _run(verb: str, words: list[str]) -> int:
     from drotator import composition, jobs
 
-    plan = composition.plan(verb, words)
+    if processes.place().size > 1:
+        plan = processes.join().share(lambda: _plan_together(verb, words))
+    else:
+        plan = composition.plan(verb, words)
     try:
         failures = jobs.launch(verb, plan)
     except KeyboardInterrupt:
@@ -65,6 +78,19 @@ def _run(verb: str, words: list[str]) -> int:
     for failure in failures:
         _end(failure.line, failure.exit_code)
     return min((failure.exit_code for failure in failures), default=0)
+
+
+def _plan_together(verb: str, words: list[str]) -> Plan:
+    """Check, for all processes, a command that they carry out together."""
+    from drotator import composition
+
+    count = processes.place().size
+    if verb != "prune":
+        raise ValueError(f"{verb} is the work of one process, but {count} were started: leave torchrun or srun out.")
+    plan = composition.plan(verb, words)
+    if plan.is_sweep:
+        raise ValueError(f"{count} processes share one run: start each job of a sweep by itself, or leave them out.")
+    return plan
 
 
 def _no_such_verb(word: str) -> str:
@@ -101,5 +127,6 @@ def _say(text: str) -> int:
 
 
 def _end(line: str, exit_code: int) -> int:
-    sys.stderr.write(f"drotator: {line}\n")
+    if processes.is_first_to_fail():
+        sys.stderr.write(f"drotator: {line}\n")
     return exit_code

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from drotator.composition import BEHAVIOUR, MAY_CALL, Plan, from_hydra
 from drotator.config import PruneConfig
 from drotator.console import quiet_libraries
+from drotator.processes import is_first_to_fail
 from drotator.usage import config_folder
 from drotator.verbs import VERBS
 
@@ -76,7 +77,8 @@ def run_job(cfg: DictConfig) -> float:
         return math.nan if result is None else result
     except Exception as error:
         failure = failure_of(error, run_dir)
-        log.error("%s", failure.line, exc_info=True, extra={"file_only": True})
+        if is_first_to_fail():
+            log.error("%s", failure.line, exc_info=True, extra={"file_only": True})
         if is_sweep:
             log.error("job %s failed: %s", hydra_config.job.num, failure.line)
             swept = str(hydra_config.job.override_dirname).replace("'", "")

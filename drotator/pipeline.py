@@ -18,6 +18,7 @@ from drotator.checkpoint import update_metadata
 from drotator.config import PruneConfig, RotationConfig, describe
 from drotator.console import progress
 from drotator.dense import dense_metrics
+from drotator.distributed import ALONE, World
 from drotator.export import export_checkpoint, merged_rotation
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.objectives import LayerProblem
@@ -62,22 +63,24 @@ DISK_MARGIN = 1.05
 STAGES = ("load", "calibrate", "rotate", "prune", "evaluate")
 
 
-def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
+def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool, world: World = ALONE) -> float:
     """Prune a model and report on it; with `baseline` also without rotation, in a second run folder beside the first.
 
+    Args:
+        world: the processes that all call this, with the same settings, and share the work.
     Returns: what a sweep would minimise: the first perplexity, or minus the zero-shot mean, nan if nothing is measured.
     Raises: ValueError for what cannot work, before anything long starts. RuntimeError for what goes wrong on the way.
     """
     if settings.resume:
         run_dir = Path(settings.resume)
-        if not (run_dir / "config.yaml").exists():
+        if not world.share((run_dir / "config.yaml").exists):
             raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
-    planned = [(settings, RunFolder.open(run_dir, describe(settings)))]
+    planned = [(settings, RunFolder.open(run_dir, describe(settings), world))]
     if baseline:
         unrotated = dataclasses.replace(settings, rotation=RotationConfig(name="none"))
         folder = run_dir.with_name(f"{run_dir.name}-plain")
-        planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated))))
-    job = prepare(planned)
+        planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated), world)))
+    job = prepare(planned, world)
     plain = run_once(*planned[0], job) if baseline else None
     report = run_once(*planned[-1], job, plain)
     print_summary(report, plain)
@@ -95,29 +98,32 @@ class Job:
     device: torch.device
     dense: Metrics
     seconds: dict[str, float]
+    world: World = ALONE
 
 
-def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
+def prepare(planned: list[tuple[PruneConfig, RunFolder]], world: World) -> Job:
     """Load and check everything that can be wrong with the runs, then evaluate the dense model.
 
     Args:
         planned: the runs of one command; their settings differ in the rotation alone.
     """
     settings, run = planned[-1]
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, world)
     torch.manual_seed(settings.seed)
     watch = Stopwatch(device)
     with watch.measure("load"):
-        source = ModelSource.open(resolve_model(settings.model.path, settings.model.revision), settings.model.dtype)
+        folder = world.in_turn(lambda: resolve_model(settings.model.path, settings.model.revision))
+        source = ModelSource.open(folder, settings.model.dtype)
         for inputs, names in source.spec.inputs.items():
             for name in names:
                 validate(settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
-        check_disk_space(run.path, sum(missing_bytes(to_do, source, one.rotation) for one, to_do in planned))
+        needed = sum(missing_bytes(to_do, source, one.rotation) for one, to_do in planned)
+        world.share(lambda: check_disk_space(run.path, needed))
         tokenizer = load_tokenizer(source.folder)
-        windows = calibration.calibration_windows(settings.calibration, tokenizer)
+        windows = world.share(lambda: calibration.calibration_windows(settings.calibration, tokenizer))
     with watch.measure("evaluate"):
-        dense = dense_metrics(source, tokenizer, settings.eval, seed=settings.seed, device=device)
-    return Job(source, tokenizer, windows, device, dense, watch.seconds)
+        dense = world.share(lambda: dense_metrics(source, tokenizer, settings.eval, seed=settings.seed, device=device))
+    return Job(source, tokenizer, windows, device, dense, watch.seconds, world)
 
 
 def missing_bytes(run: RunFolder, source: ModelSource, rotation: RotationConfig) -> int:
@@ -132,12 +138,36 @@ def missing_bytes(run: RunFolder, source: ModelSource, rotation: RotationConfig)
 
 def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport | None = None) -> RunReport:
     """Do one run in its folder, or read its report if it is there already."""
-    if (run.path / "report.json").exists():
-        logger.info("%s is finished already", run.path)
-        return load_report(run.path)
+    if finished := job.world.share(lambda: finished_report(run)):
+        return finished
     reset_peak_memory(job.device)
-    watch = Stopwatch(job.device)
     results = prune_layers(settings, job, run)
+    memory = largest(job.world.gather(peak_memory(job.device)))
+    return job.world.share(lambda: conclude(settings, RunFolder(run.path), job, results, memory, plain))
+
+
+def finished_report(run: RunFolder) -> RunReport | None:
+    """The report that stands in the run folder."""
+    if not (run.path / "report.json").exists():
+        return None
+    logger.info("%s is finished already", run.path)
+    return load_report(run.path)
+
+
+def conclude(
+    settings: PruneConfig,
+    run: RunFolder,
+    job: Job,
+    results: list[LayerResult],
+    memory: dict[str, int],
+    plain: RunReport | None,
+) -> RunReport:
+    """Make the checkpoint from the run folder, measure it and report.
+
+    Args:
+        memory: peak bytes so far, on the host and on the device.
+    """
+    watch = Stopwatch(job.device)
     names = {
         "model": settings.model.name,
         "pruner": settings.pruner.name,
@@ -165,7 +195,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
         sparsity_realised=realised_sparsity(job.source, results),
         layers=results,
         seconds={**seconds, "total": sum(seconds.values())},
-        peak_memory_bytes=largest([peak_memory(job.device), *(result.peak_memory_bytes for result in results)]),
+        peak_memory_bytes=largest([memory, peak_memory(job.device), *(result.peak_memory_bytes for result in results)]),
         versions=versions(),
         provenance={
             **calibration.provenance(settings.calibration),
@@ -174,6 +204,7 @@ def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport |
             "learning_rate": settings.optimizer.learning_rate,
             **details_of(settings),
             "device": device_name(job.device),
+            "processes": job.world.size,
             "dtype": job.source.dtype_name,
         },
     )
@@ -192,7 +223,7 @@ def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerR
     Returns: one result for each layer.
     """
     source, rotation = job.source, settings.rotation
-    stream = ActivationStream.start(source, job.windows, settings.calibration.batch_size, job.device)
+    stream = ActivationStream.start(source, job.windows, settings.calibration.batch_size, job.device, job.world)
     if settings.reconstruct.name != "none":
         stream.dense = list(stream.hidden)
     results: list[LayerResult] = []
@@ -212,7 +243,7 @@ def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerR
                     inputs = stream.dense if settings.reconstruct.target == "model" else stream.hidden
                     with watch.measure("calibrate"):
                         stream.advance_dense(context.layer, index, inputs)
-                if run.layer_file(index).exists():
+                if run.has_layer(index):
                     state, result = run.load_layer(index)
                     context.layer.load_state_dict(state)
                     R1 = merged_rotation(rotation.name, run, index, job.device)
@@ -244,7 +275,7 @@ def learn_shared_rotation(
     The layers' statistics are those of the dense layers on what the pruned ones before the run put out.
     """
     ahead = stream.fork()
-    store = ProblemStore(run.path / "problems", settings, job.source.sizes, job.device)
+    store = ProblemStore(run.problems, settings, job.source.sizes, job.device)
     orders: list[Tensor | None] = []
     with progress("statistics of dense layers", len(group)) as advance:
         for index in group:
@@ -258,7 +289,7 @@ def learn_shared_rotation(
     logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
     with watch.measure("rotate"):
         start = starting_rotation(store.problem(0), len(group), settings, previous_rotation(run, group[0], settings))
-        trained = learn_rotation(store, start, settings, can_capture=store.is_resident)
+        trained = learn_rotation(store, start, settings, job.world, can_capture=store.is_resident)
         identity = Rotation.identity(job.source.sizes, job.device)
         learned = []
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
@@ -331,7 +362,7 @@ def prune_layer(
         objective_history=trained.history if trained else [],
         damping=raised,
         reconstruction=reconstruction,
-        peak_memory_bytes=peak_memory(context.stream.device),
+        peak_memory_bytes=largest(context.stream.world.gather(peak_memory(context.stream.device))),
         warnings=[
             *(trained.warnings if trained else []),
             *(f"{name}: damping raised to {damping:g}" for name, damping in raised.items()),
@@ -343,6 +374,8 @@ def draw_importance(
     run: RunFolder, index: int, spec: LayerSpec, problem: LayerProblem, rotation: Rotation, settings: PruneConfig
 ) -> None:
     """Plot the importance of one linear's weights before and after the rotation."""
+    if not run.world.is_first:
+        return
     before, after = (importance_of_gate(problem, at, settings).cpu() for at in (None, rotation))
     title = f"layer {index}, {spec.gate}"
     plot_importance_image(run.plots / "importance_image.png", before, after, title)

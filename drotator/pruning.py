@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from drotator.architecture import LayerSizes, LayerSpec, linear
 from drotator.config import PruneConfig, PrunerConfig, SparsityConfig
+from drotator.distributed import ALONE, World
 from drotator.objectives import (
     INPUT_OF,
     LayerProblem,
@@ -133,16 +134,27 @@ def starting_rotation(
 
 
 def learn_rotation(
-    objectives: Sequence[Objective], start: Rotation, settings: PruneConfig, *, can_capture: bool = True
+    objectives: Sequence[Objective],
+    start: Rotation,
+    settings: PruneConfig,
+    world: World = ALONE,
+    *,
+    can_capture: bool = True,
 ) -> TrainedRotation:
-    """Learn one R1 for all the layers given, and the R2 of each; R2 of the result is (layers k, h, h)."""
-    return train_rotation(
+    """Learn one R1 for all the layers given, and the R2 of each; R2 of the result is (layers k, h, h).
+
+    Every process of the world learns the same from the same moments; what the first one has learned counts.
+    """
+    trained = train_rotation(
         with_gradients(objectives),
         start,
         settings.optimizer,
         learns=(settings.rotation.R1, settings.rotation.R2),
         can_capture=can_capture,
     )
+    for R in (trained.rotation.R1, trained.rotation.R2):
+        world.broadcast_(R)
+    return trained
 
 
 def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | None = None) -> TrainedRotation:
@@ -157,7 +169,7 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
         try:
             start = starting_rotation(dense.problem, 1, settings, previous)
             objective = objective_of(dense.problem, settings)
-            trained = learn_rotation([objective], start, settings)
+            trained = learn_rotation([objective], start, settings, context.stream.world)
         except RuntimeError as error:
             raise RuntimeError(f"Layer {context.index}: {error}") from error
         with torch.no_grad():
@@ -209,17 +221,12 @@ def prune_linears(
                 W = module.weight.to(torch.float32, copy=True)
                 if pruner.name != "none":
                     try:
-                        pruned = PRUNERS[pruner.name](W, H, sparsity, pruner)
+                        weight, damping = prune_weight(W, H, sparsity, pruner, context.stream.world)
                     except RuntimeError as failure:
                         raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
-                    weight = pruned.weight
-                    if pruner.solve_steps:
-                        weight = solve_on_mask(
-                            W, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps
-                        )
                     module.weight.copy_(weight)
-                    if pruned.damping > pruner.damping:
-                        raised[name] = pruned.damping
+                    if damping > pruner.damping:
+                        raised[name] = damping
                 before, after = W, module.weight.float()
                 if R2 is not None and name == context.spec.value:
                     undo = torch.linalg.inv(R2).to(W)
@@ -227,3 +234,21 @@ def prune_linears(
                 error = relative_error(before, after, H)
                 results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error))
     return results, raised
+
+
+def prune_weight(
+    W: Tensor, H: Tensor, sparsity: SparsityConfig, pruner: PrunerConfig, world: World
+) -> tuple[Tensor, float]:
+    """Prune one weight, (d_out, d_in), and fit what is left where that is asked for.
+
+    With N:M no row knows of another: each process of the world prunes its share of them with the whole H. Unstructured
+    masks are compared or counted over the whole matrix, so that every process prunes all of it.
+
+    Returns: the weight, +0.0 where removed, the same in every process; the damping that was used.
+    """
+    rows = W[world.part(len(W))] if sparsity.is_grouped else W
+    pruned = PRUNERS[pruner.name](rows, H, sparsity, pruner)
+    weight = pruned.weight
+    if pruner.solve_steps:
+        weight = solve_on_mask(rows, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps)
+    return world.gather_rows(weight, len(W)) if sparsity.is_grouped else weight, pruned.damping

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ def reconstruct_layer(
 
     Adam on float32 copies with a cosine schedule. Every token counts by its relative error, as the norms downstream
     see it: some tokens of language models are a thousand times larger than the others. Zeros stay +0.0. If the error
-    did not fall, or is not finite, the layer is left as it was.
+    did not fall, or is not finite, the layer is left as it was. Every step is made of one batch of the whole set, of
+    which each process has a part: their gradients are added up.
 
     Args:
         layer: pruned, in the basis of R1; its inputs are those of `stream`.
@@ -54,25 +56,18 @@ def reconstruct_layer(
     masks = {name: module.weight != 0 for name, module in modules.items()}
     weights = {name: module.weight.to(torch.float32, copy=True).requires_grad_() for name, module in modules.items()}
     optimizer = torch.optim.Adam(list(weights.values()), lr=settings.learning_rate, betas=BETAS)
-    num_steps = settings.epochs * len(stream.hidden)
+    num_batches = len(stream.counts)
+    num_steps = settings.epochs * num_batches
     draw = random.Random(seed)
     before = mean_error(layer, stream, index, R1)
     for step in range(num_steps):
-        if step % len(stream.hidden) == 0:
-            order = draw.sample(range(len(stream.hidden)), len(stream.hidden))
+        if step % num_batches == 0:
+            order = draw.sample(range(num_batches), num_batches)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, num_steps)
-        batch = order[step % len(stream.hidden)]
-        # On a GPU a float32 layer computes in bfloat16 too: what it is tuned by is far above rounding.
-        with (
-            torch.enable_grad(),
-            torch.autocast(stream.device.type, torch.bfloat16, enabled=stream.device.type == "cuda"),
-        ):
-            cast = {name: weight.to(modules[name].weight.dtype) for name, weight in weights.items()}
-            loss = batch_error(layer, stream, index, R1, batch, cast)
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+        gradients = own_gradients(layer, stream, index, R1, order[step % num_batches], weights)
         for weight, gradient, mask in zip(weights.values(), gradients, masks.values(), strict=True):
-            weight.grad = torch.where(mask, gradient, 0)
+            weight.grad = torch.where(mask, stream.world.all_reduce_(gradient.contiguous()), 0)
         optimizer.step()
     pruned = {name: module.weight.clone() for name, module in modules.items()}
     with torch.no_grad():
@@ -90,6 +85,23 @@ def reconstruct_layer(
     return Reconstruction(before, min(before, after))
 
 
+def own_gradients(
+    layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None, batch: int, weights: dict[str, Tensor]
+) -> Sequence[Tensor]:
+    """Gradients of a whole batch's error by the weights, as far as they come from this process's part of it."""
+    position = stream.position(batch)
+    if position is None:
+        return [torch.zeros_like(weight) for weight in weights.values()]
+    # On a GPU a float32 layer computes in bfloat16 too: what it is tuned by is far above rounding.
+    with (
+        torch.enable_grad(),
+        torch.autocast(stream.device.type, torch.bfloat16, enabled=stream.device.type == "cuda"),
+    ):
+        cast = {name: weight.to(layer.get_parameter(name).dtype) for name, weight in weights.items()}
+        loss = stream.share(position) * batch_error(layer, stream, index, R1, position, cast)
+        return torch.autograd.grad(loss, list(weights.values()))
+
+
 def batch_error(
     layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None, batch: int, weights: dict[str, Tensor]
 ) -> Tensor:
@@ -103,10 +115,11 @@ def batch_error(
 @torch.no_grad()
 def mean_error(layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None) -> float:
     """`batch_error` over all batches, each by its number of windows."""
+    total = torch.zeros((), device=stream.device)
     with float32_products("high"):
-        errors = [batch_error(layer, stream, index, R1, batch, {}) for batch in range(len(stream.hidden))]
-    sizes = torch.tensor([len(hidden) for hidden in stream.hidden], device=stream.device)
-    return float((torch.stack(errors) * sizes).sum() / sizes.sum())
+        for batch, part in enumerate(stream.parts):
+            total += part.num_windows * batch_error(layer, stream, index, R1, batch, {})
+    return float(stream.world.all_reduce_(total) / sum(stream.counts))
 
 
 def schedule(step: int, num_steps: int) -> float:

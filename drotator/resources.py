@@ -13,11 +13,16 @@ from pathlib import Path
 
 import torch
 
+from drotator.distributed import ALONE, World
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`. Raises: ValueError where there is no such device."""
+
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; each process of a world gets a GPU of its own.
+
+    Raises: ValueError where there is no such device.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_gpu(torch.device("cuda"), world) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -26,7 +31,24 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name} is not allowed: choose auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA GPUs. Use device=cpu.")
-    return device
+    return own_gpu(device, world) if device.type == "cuda" else device
+
+
+def own_gpu(device: torch.device, world: World) -> torch.device:
+    """Of several processes, give each the GPU of its rank on this machine, and make it the current one.
+
+    Where the scheduler shows each process a single GPU, that is its own.
+    """
+    if world.size == 1:
+        return device
+    count = torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(f"device={device}: each of the {world.size} processes takes its own GPU. Use device=cuda.")
+    if world.local_rank >= count > 1:
+        raise ValueError(f"this machine has {count} GPUs, and process {world.local_rank + 1} on it finds none left.")
+    own = torch.device("cuda", world.local_rank if count > 1 else 0)
+    torch.cuda.set_device(own)
+    return own
 
 
 def device_name(device: torch.device) -> str:

@@ -50,6 +50,8 @@ def failure_of(error: BaseException, run_dir: Path | None = None) -> Failure:
     if "No space left on device" in text:  # safetensors and torch have exceptions of their own for it
         where = f" while writing in {run_dir}. Make room, then go on with resume={run_dir}." if run_dir else "."
         return Failure(f"no space left on the disk{where}", 2)
+    if "gloo/transport" in text and "by peer" in text:
+        return Failure("another process of this run has ended without a word: was it killed, for memory perhaps?", 1)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.strerror}: {error.filename}"
     if not isinstance(error, ValueError | OSError) and type(error) is not RuntimeError:

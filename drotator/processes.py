@@ -74,6 +74,10 @@ def join() -> World:
     CPU tensors go through gloo, those on GPUs through NCCL. Raises: RuntimeError if they do not all come.
     """
     global _joined  # noqa: PLW0603 - a process is joined once, as torch.distributed has it
+    from drotator.console import quiet_libraries
+
+    quiet_libraries()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the end of one process fills the screens of the others
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]

@@ -1,0 +1,345 @@
+"""One run by several processes: it ends as a single process does, is resumed by any number of them, and fails as one.
+
+What may differ: sums over windows are taken in another order, which moves H by 1e-7 of itself. In the first layer that
+is all, and 1e-3 is allowed. Further on an optimizer may take a step by the sign of a gradient that is all but 0, and
+masks follow: there weights are not compared, and errors only to 10 %.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import some_tokens, tiny_source
+from tiny_runs import process_environment, report_of, weights, words_of
+
+from drotator.config import PrunerConfig, SparsityConfig
+from drotator.distributed import ALONE, World
+from drotator.processes import Place, place
+from drotator.pruners import PRUNERS
+from drotator.pruners.solve import solve_on_mask
+from drotator.pruning import prune_weight
+from drotator.resources import choose_device
+from drotator.statistics import ActivationStream, white_noise
+
+SPLIT = {"num_samples": 7, "batch_size": 4}  # batches of 4 and 3: of either, two and three processes have unequal parts
+CASES = {
+    "sparsegpt": {"calibration": SPLIT},
+    "wanda": {"calibration": SPLIT, "pruner": "wanda", "sparsity": {"ratio": 0.5}},
+    "shared": {"calibration": SPLIT, "rotation": "shared"},
+    "idle": {"reconstruct": {"name": "block", "epochs": 3}},  # batches of 2 and 1: of three, the first has no window
+}
+SEVERAL = {"sparsegpt": 3, "wanda": 3, "shared": 2, "idle": 3}
+TOGETHER = """
+import dataclasses, json, os, shutil, sys, traceback
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from drotator import pipeline
+from drotator.artifacts import RunFolder
+from drotator.distributed import World
+from tiny_runs import settings
+
+for name in ("perplexity", "layers", "objective", "importance_image", "importance_curves"):
+    setattr(pipeline, f"plot_{name}", lambda *args: None)
+
+def work(rank, size, run, resume, given, stop):
+    if size > 1:
+        where = {"init_method": f"file://{run}.{size}.store", "timeout": timedelta(seconds=60)}
+        dist.init_process_group("gloo", rank=rank, world_size=size, **where)
+    save_layer = RunFolder.save_layer
+    def save_and_stop(self, index, *rest):
+        save_layer(self, index, *rest)
+        if stop and index == 1:
+            os._exit(7)
+    RunFolder.save_layer = save_and_stop
+    calibration = given.pop("calibration", {})
+    chosen = settings(inputs, resume=resume, **given)
+    chosen.calibration = dataclasses.replace(chosen.calibration, **calibration)
+    pipeline.run_prune(chosen, run, baseline=False, world=World.current())
+
+def fork(*arguments):
+    child = os.fork()  # nothing was computed yet: each starts as a process of its own would
+    if child == 0:
+        try:
+            work(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+inputs, folder = Path(sys.argv[1]), Path(sys.argv[2])
+for name, size, given, stop in json.loads(sys.argv[3]):
+    run = folder / name
+    resume = ""
+    if name.startswith("resumed"):
+        shutil.copytree(folder / "stopped", run)
+        resume = str(run)
+    children = [fork(rank, size, run, resume, given, stop) for rank in range(size)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [7 if stop else 0] * size, (name, codes)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with runs CASE-PROCESSES, one by three that stopped after two layers, and what others made of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    plan = [(f"{case}-{size}", size, given, False) for case, given in CASES.items() for size in (1, SEVERAL[case])]
+    plan += [("stopped", 3, CASES["sparsegpt"], True)]
+    plan += [(f"resumed-{size}", size, CASES["sparsegpt"], False) for size in (1, 2)]
+    command = [sys.executable, "-c", TOGETHER, str(inputs), str(folder), json.dumps(plan)]
+    subprocess.run(command, check=True, env=process_environment(), timeout=200)
+    return folder
+
+
+def assert_same_but_for_rounding(run: Path, expected: Path) -> None:
+    found, wanted = weights(run), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        if name.split("/")[1].startswith("000") and name.split("/")[0] != "checkpoint":
+            assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+            assert ((found[name] == 0) == (tensor == 0)).all(), name
+    ours, theirs = report_of(run), report_of(expected)
+    assert ours["sparsity_realised"] == theirs["sparsity_realised"] == 0.5
+    assert ours["metrics"]["pruned"] == pytest.approx(theirs["metrics"]["pruned"], rel=0.1)
+    assert ours["metrics"]["dense"] == theirs["metrics"]["dense"]
+    for layer, other in zip(ours["layers"], theirs["layers"], strict=True):
+        allowed = 0.1 if layer["index"] else 1e-3
+        for key in ("objective_before", "objective_after"):
+            assert layer[key] == pytest.approx(other[key], rel=allowed)
+        assert layer.get("reconstruction", {}) == pytest.approx(other.get("reconstruction", {}), rel=allowed)
+        for name, linear in layer["linears"].items():
+            assert linear == pytest.approx(other["linears"][name], rel=allowed)
+
+
+@pytest.mark.parametrize(("case", "size"), SEVERAL.items())
+def test_several_processes_end_as_one_does(runs: Path, case: str, size: int) -> None:
+    assert_same_but_for_rounding(runs / f"{case}-{size}", runs / f"{case}-1")
+    assert report_of(runs / f"{case}-{size}")["provenance"]["processes"] == size
+
+
+def test_only_the_files_of_a_run_are_left(runs: Path) -> None:
+    for case, size in SEVERAL.items():
+        found, expected = (
+            {str(path.relative_to(run)) for path in run.rglob("*")}
+            for run in (runs / f"{case}-{size}", runs / f"{case}-1")
+        )
+        assert found == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_another_number_of_processes_goes_on_with_a_run(runs: Path, size: int) -> None:
+    stopped, resumed = (
+        [run / f"layers/00{index}.safetensors" for index in range(3)]
+        for run in (runs / "stopped", runs / f"resumed-{size}")
+    )
+    assert [path.exists() for path in stopped] == [True, True, False]
+    assert [a.read_bytes() == b.read_bytes() for a, b in zip(stopped[:2], resumed[:2], strict=True)] == [True, True]
+    assert_same_but_for_rounding(runs / f"resumed-{size}", runs / "sparsegpt-1")
+
+
+class Gathered(World):
+    """A process of several that are called one after the other: what it would send is returned."""
+
+    def gather_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        return rows
+
+
+@pytest.mark.parametrize("solve_steps", [0, 3])
+@pytest.mark.parametrize("sparsity", [SparsityConfig(keep=2, group=4), SparsityConfig(ratio=0.45)], ids=str)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_rows_of_all_processes_are_those_of_one(name: str, sparsity: SparsityConfig, solve_steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(23, 16, generator=generator), torch.randn(16, 400, generator=generator)
+    H, pruner = 2 / 400 * X @ X.mT, PrunerConfig(name=name, solve_steps=solve_steps)
+    pruned = PRUNERS[name](W, H, sparsity, pruner)
+    expected = pruned.weight
+    if solve_steps:
+        expected = solve_on_mask(W, expected, pruned.mask, H, damping=pruner.damping, steps=solve_steps)
+    parts = [prune_weight(W, H, sparsity, pruner, Gathered(rank, 3)) for rank in range(3)]
+    rows = [weight for weight, _ in parts]
+    assert [len(weight) for weight in rows] == ([7, 8, 8] if sparsity.is_grouped else [23] * 3)
+    found = torch.cat(rows) if sparsity.is_grouped else rows[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert {damping for _, damping in parts} == {pruned.damping}
+
+
+def test_every_window_is_one_process_own_and_so_is_its_noise(tmp_path: Path) -> None:
+    source, windows, cpu = tiny_source(tmp_path, "llama"), some_tokens(7), torch.device("cpu")
+    whole = ActivationStream.start(source, windows, 4, cpu)
+    noise = list(white_noise(whole, 0))
+    for size in (1, 2, 3, 5, 9):
+        streams = [ActivationStream.start(source, windows, 4, cpu, World(rank, size)) for rank in range(size)]
+        noises = [dict(zip([p.index for p in s.parts], white_noise(s, 0), strict=True)) for s in streams]
+        for batch in (0, 1):
+            having = [(s, position) for s in streams if (position := s.position(batch)) is not None]
+            assert torch.equal(torch.cat([s.hidden[position] for s, position in having]), whole.hidden[batch])
+            assert sum(s.share(position) for s, position in having) == pytest.approx(1)
+            assert torch.equal(torch.cat([found[batch] for found in noises if batch in found]), noise[batch])
+
+
+def test_a_process_alone_gives_back_what_it_is_given() -> None:
+    x = torch.randn(3, 2)
+    kept = x.clone()
+    assert (ALONE.all_reduce_(x) is x) and (ALONE.broadcast_(x) is x) and (ALONE.gather_rows(x, 3) is x)
+    assert torch.equal(x, kept)
+    assert (ALONE.share(lambda: 5), ALONE.in_turn(lambda: 6), ALONE.gather(7)) == (5, 6, [7])
+    assert ALONE.part(9) == slice(0, 9)
+    assert World.current() == ALONE
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"}
+PLACES = {
+    "torchrun": (TORCHRUN, Place(1, 4, 0)),
+    "srun": (SRUN, Place(5, 8, 1)),
+    "torchrun in a job": (SRUN | TORCHRUN, Place(1, 4, 0)),
+    "one task": (SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Place()),
+    "a job that is not prepared": ({k: v for k, v in SRUN.items() if k != "MASTER_ADDR"}, Place()),
+    "salloc": ({"SLURM_NTASKS": "8", "MASTER_ADDR": "a"}, Place()),
+    "nothing": ({}, Place()),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_place_of_a_process_is_what_its_launcher_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    variables, expected = PLACES[name]
+    for variable in TORCHRUN | SRUN:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert place() == expected
+
+
+def test_each_process_gets_its_own_gpu_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [choose_device(name, World(3, 4, 1)) for name in ("auto", "cuda")] == [torch.device("cuda:1")] * 2
+    assert current == [torch.device("cuda:1")] * 2
+    assert choose_device("cpu", World(3, 4, 1)) == torch.device("cpu")
+    assert choose_device("cuda", ALONE) == torch.device("cuda")
+    with pytest.raises(ValueError, match="has 2 GPUs, and process 3 on it finds none left"):
+        choose_device("auto", World(2, 4, 2))
+    with pytest.raises(ValueError, match="each of the 4 processes takes its own GPU"):
+        choose_device("cuda:0", World(2, 4, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as the scheduler shows it
+    assert choose_device("auto", World(2, 4, 2)) == torch.device("cuda:0")
+
+
+AS_SRUN_DOES = """
+import json, os, signal, socket, sys
+from pathlib import Path
+from drotator import pipeline
+from drotator.cli import main
+
+prune_layer = pipeline.prune_layer
+def prune_layer_until(what):
+    def prune(context, *args, **kwargs):
+        if context.index == 1 and context.stream.world.rank == 1:
+            if what == "raises":
+                raise RuntimeError("rank 1 has had enough")
+            os.kill(os.getpid(), {"is interrupted": signal.SIGINT, "is killed": signal.SIGKILL}[what])
+        return prune_layer(context, *args, **kwargs)
+    return prune
+
+def start(rank, port, folder, what, words):
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    pipeline.prune_layer = prune_layer_until(what)
+    code = 1
+    try:
+        os.chdir(folder)
+        code = main(words)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+folder = Path(sys.argv[1])
+for what, words in json.loads(sys.argv[2]).items():
+    (folder / what).mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [start(rank, port, folder / what, what, words) for rank in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / what / "codes").write_text(json.dumps(codes))
+"""
+FAILURES = {
+    "raises": ([1, 1], "rank 1 has had enough (traceback: "),
+    "is interrupted": ([1, 130], "interrupted. Go on with: drotator prune "),
+    "is killed": ([1, -9], "another process of this run has ended without a word"),
+}
+REFUSED = {
+    "eval": (["eval"], "eval is the work of one process, but 2 were started"),
+    "sweep": (["prune", "-m", "pruner=wanda,sparsegpt"], "2 processes share one run: start each job of a sweep by it"),
+    "typo": (["prune", "optimizer.steps=-1"], "optimizer.steps=-1 is not allowed: 0 or more."),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two processes each that failed: their exit codes, out0, out1, err0 and err1."""
+    folder = tmp_path_factory.mktemp("ended")
+    plan = {what: words_of(inputs, "baseline=never", "hydra.run.dir=run") for what in FAILURES}
+    plan |= {name: words for name, (words, _) in REFUSED.items()}
+    command = [sys.executable, "-c", AS_SRUN_DOES, str(folder), json.dumps(plan)]
+    environment = process_environment(TORCH_CPP_LOG_LEVEL="ERROR")  # torch is there before they are joined
+    subprocess.run(command, check=True, env=environment, timeout=200)
+    return folder
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_one_message_ends_all_processes_when_one(ended: Path, what: str) -> None:
+    folder, (codes, line) = ended / what, FAILURES[what]
+    assert json.loads((folder / "codes").read_text()) == codes
+    errors = [(folder / f"err{rank}").read_text() for rank in range(2)]
+    messages = [text for error in errors for text in error.splitlines() if text.startswith("drotator:")]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"drotator: {line}")
+    assert not any("Traceback" in error for error in errors)
+    assert (folder / "out1").read_text() == ""
+    log = (folder / "run" / "log.txt").read_text()
+    assert log.count("RuntimeError: rank 1 has had enough") == (what == "raises")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_once(ended: Path, name: str) -> None:
+    folder, (_, reason) = ended / name, REFUSED[name]
+    assert json.loads((folder / "codes").read_text()) == [2, 1]
+    (line,) = (folder / "err0").read_text().splitlines()
+    assert line.startswith(f"drotator: {reason}")
+    assert {path.name for path in folder.iterdir()} == {"codes", "out0", "out1", "err0", "err1"}
+    assert not any((folder / file).read_text() for file in ("out0", "out1", "err1"))
+
+
+def test_torchrun_starts_a_run_that_one_process_tells_of(inputs: Path, tmp_path: Path) -> None:
+    words = words_of(inputs, "baseline=never")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*command, "-m", "drotator", *words],
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        timeout=200,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.count("run folder:") == 1
+    (run,) = {path.parent for path in (tmp_path / "outputs").rglob("report.json")}
+    assert report_of(run)["provenance"]["processes"] == 2
+    assert (run / "log.txt").read_text().count("run folder:") == 1
+    assert str(run) in finished.stdout

@@ -415,6 +415,7 @@ def test_a_missing_slurm_plugin_is_named(monkeypatch: pytest.MonkeyPatch, capsys
     ("script", "task", "expected"),
     [
         ("prune.sbatch", "", "prune model=x hydra.run.dir=outputs/slurm/7"),
+        ("several_gpus.sbatch", "", "prune model=x hydra.run.dir=outputs/slurm/7"),
         (
             "sweep_array.sbatch",
             "6",
@@ -427,8 +428,16 @@ def test_a_batch_script_starts_a_run_and_resumes_it(tmp_path: Path, script: str,
     recorder = tmp_path / "recorder"
     recorder.write_text('#!/bin/sh\necho "$@"\n')
     recorder.chmod(0o755)
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n'
+    )
+    skip = 'while [ "${1#--}" != "$1" ]; do shift; done'
+    (tmp_path / "srun").write_text(f'#!/bin/sh\n{skip}\n[ "$MASTER_ADDR $MASTER_PORT" = "node1 20007" ] && exec "$@"\n')
+    for tool in ("scontrol", "srun"):
+        (tmp_path / tool).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
-    slurm |= {"SLURM_ARRAY_TASK_ID": task, "DROTATOR": str(recorder), "PATH": os.environ["PATH"]}
+    slurm |= {"SLURM_ARRAY_TASK_ID": task, "DROTATOR": str(recorder)}
+    slurm |= {"SLURM_JOB_NODELIST": "node[1-2]", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
     def submit() -> str:
         command = ["bash", str(ROOT / "scripts" / "slurm" / script), "model=x"]

@@ -63,14 +63,15 @@ DISK_MARGIN = 1.05
 STAGES = ("load", "calibrate", "rotate", "prune", "evaluate")
 
 
-def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool, world: World = ALONE) -> float:
+def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
     """Prune a model and report on it; with `baseline` also without rotation, in a second run folder beside the first.
 
-    Args:
-        world: the processes that all call this, with the same settings, and share the work.
+    Processes that torch.distributed has joined all call this, with the same settings, and share the work.
+
     Returns: what a sweep would minimise: the first perplexity, or minus the zero-shot mean, nan if nothing is measured.
     Raises: ValueError for what cannot work, before anything long starts. RuntimeError for what goes wrong on the way.
     """
+    world = World.current()
     if settings.resume:
         run_dir = Path(settings.resume)
         if not world.share((run_dir / "config.yaml").exists):
@@ -80,7 +81,7 @@ def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool, world: Wo
         unrotated = dataclasses.replace(settings, rotation=RotationConfig(name="none"))
         folder = run_dir.with_name(f"{run_dir.name}-plain")
         planned.insert(0, (unrotated, RunFolder.open(folder, describe(unrotated), world)))
-    job = prepare(planned, world)
+    job = prepare(planned)
     plain = run_once(*planned[0], job) if baseline else None
     report = run_once(*planned[-1], job, plain)
     print_summary(report, plain)
@@ -101,13 +102,14 @@ class Job:
     world: World = ALONE
 
 
-def prepare(planned: list[tuple[PruneConfig, RunFolder]], world: World) -> Job:
+def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
     """Load and check everything that can be wrong with the runs, then evaluate the dense model.
 
     Args:
         planned: the runs of one command; their settings differ in the rotation alone.
     """
     settings, run = planned[-1]
+    world = run.world
     device = choose_device(settings.device, world)
     torch.manual_seed(settings.seed)
     watch = Stopwatch(device)

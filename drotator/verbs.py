@@ -22,10 +22,9 @@ def has_baseline(settings: PruneConfig, is_sweep: bool) -> bool:
 
 
 def _prune(settings: PruneConfig, run_dir: Path, is_sweep: bool) -> float:
-    from drotator.distributed import World
     from drotator.pipeline import run_prune
 
-    return run_prune(settings, run_dir, baseline=has_baseline(settings, is_sweep), world=World.current())
+    return run_prune(settings, run_dir, baseline=has_baseline(settings, is_sweep))
 
 
 def _eval(settings: EvalCommandConfig, run_dir: Path, is_sweep: bool) -> float:

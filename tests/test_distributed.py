@@ -41,7 +41,6 @@ from pathlib import Path
 import torch.distributed as dist
 from drotator import pipeline
 from drotator.artifacts import RunFolder
-from drotator.distributed import World
 from tiny_runs import settings
 
 for name in ("perplexity", "layers", "objective", "importance_image", "importance_curves"):
@@ -60,7 +59,7 @@ def work(rank, size, run, resume, given, stop):
     calibration = given.pop("calibration", {})
     chosen = settings(inputs, resume=resume, **given)
     chosen.calibration = dataclasses.replace(chosen.calibration, **calibration)
-    pipeline.run_prune(chosen, run, baseline=False, world=World.current())
+    pipeline.run_prune(chosen, run, baseline=False)
 
 def fork(*arguments):
     child = os.fork()  # nothing was computed yet: each starts as a process of its own would

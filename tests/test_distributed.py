@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import some_tokens, tiny_source
-from tiny_runs import process_environment, report_of, weights, words_of
+from tiny_runs import drotator, process_environment, report_of, weights, words_of
 
 from drotator.config import PrunerConfig, SparsityConfig
 from drotator.distributed import ALONE, World
@@ -57,7 +57,7 @@ def work(rank, size, run, resume, given, stop):
             os._exit(7)
     RunFolder.save_layer = save_and_stop
     calibration = given.pop("calibration", {})
-    chosen = settings(inputs, resume=resume, **given)
+    chosen = settings(inputs, resume=resume, device="cpu", **given)
     chosen.calibration = dataclasses.replace(chosen.calibration, **calibration)
     pipeline.run_prune(chosen, run, baseline=False)
 
@@ -292,7 +292,7 @@ REFUSED = {
 def ended(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of two processes each that failed: their exit codes, out0, out1, err0 and err1."""
     folder = tmp_path_factory.mktemp("ended")
-    plan = {what: words_of(inputs, "baseline=never", "hydra.run.dir=run") for what in FAILURES}
+    plan = {what: words_of(inputs, "baseline=never", "device=cpu", "hydra.run.dir=run") for what in FAILURES}
     plan |= {name: words for name, (words, _) in REFUSED.items()}
     command = [sys.executable, "-c", AS_SRUN_DOES, str(folder), json.dumps(plan)]
     environment = process_environment(TORCH_CPP_LOG_LEVEL="ERROR")  # torch is there before they are joined
@@ -324,21 +324,35 @@ def test_what_several_processes_cannot_do_is_refused_once(ended: Path, name: str
     assert not any((folder / file).read_text() for file in ("out0", "out1", "err1"))
 
 
-def test_torchrun_starts_a_run_that_one_process_tells_of(inputs: Path, tmp_path: Path) -> None:
-    words = words_of(inputs, "baseline=never")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run(
-        [*command, "-m", "drotator", *words],
+def torchrun(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "drotator"]
+    return subprocess.run(
+        [*command, *words],
         env=process_environment(),
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=cwd,
         check=False,
         timeout=200,
     )
+
+
+def test_torchrun_starts_a_run_that_one_process_tells_of(inputs: Path, tmp_path: Path) -> None:
+    finished = torchrun(words_of(inputs, "baseline=never", "device=cpu"), tmp_path)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout.count("run folder:") == 1
     (run,) = {path.parent for path in (tmp_path / "outputs").rglob("report.json")}
     assert report_of(run)["provenance"]["processes"] == 2
     assert (run / "log.txt").read_text().count("run folder:") == 1
     assert str(run) in finished.stdout
+
+
+@pytest.mark.gpu
+def test_two_gpus_end_as_one_does(inputs: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    words = words_of(inputs, "baseline=never", "device=cuda")
+    finished = torchrun([*words, "hydra.run.dir=two"], tmp_path)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert drotator(*words, "hydra.run.dir=one", cwd=tmp_path).returncode == 0
+    assert_same_but_for_rounding(tmp_path / "two", tmp_path / "one")

@@ -135,7 +135,10 @@ def leave(exit_code: int) -> None:
 
     from drotator.distributed import World
 
-    World.current().barrier()
+    try:
+        World.current().barrier()
+    except RuntimeError:  # another process failed on its last steps
+        _end_when_told(_joined.store, 1)
     _joined.is_done.set()
     if _joined.watcher:
         _joined.watcher.join()

@@ -25,6 +25,7 @@ class LayerSpec:
     """How R1 and R2 pass through one decoder layer of a family: names of its modules, relative to the layer.
 
     inputs: what the pruned linears read, in the order of the forward pass; linears of one entry share their input.
+    attention: the module that holds query to output and returns (what output makes of its input, anything).
     """
 
     query: str = "self_attn.q_proj"
@@ -36,6 +37,7 @@ class LayerSpec:
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    attention: str = "self_attn"
 
     @property
     def inputs(self) -> Mapping[str, tuple[str, ...]]:
@@ -233,7 +235,8 @@ def embed(
 
     Args:
         windows: (N, T) int64 token ids.
-    Returns: hidden states in batches (b, T, d) on `device`, and the layers' keyword arguments by batch size.
+    Returns: hidden states in batches (b, T, d) on `device`, and the layers' keyword arguments by batch size, that of a
+        single window too.
     """
     model = copy.deepcopy(source.skeleton)
     recorders = [_Recorder() for _ in range(source.num_layers)]
@@ -246,11 +249,11 @@ def embed(
     decoder.rotary_emb = rotary.to(device)
     hidden: list[Tensor] = []
     calls: LayerCalls = {}
-    for batch in windows.split(batch_size):
+    for batch in (windows[:1], *windows.split(batch_size)):
         output = decoder(input_ids=batch.to(device), use_cache=False)
         hidden.append(output.last_hidden_state)
         calls.setdefault(len(batch), LayerCall(tuple(recorder.kwargs for recorder in recorders)))
-    return hidden, calls
+    return hidden[1:], calls
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:

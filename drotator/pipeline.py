@@ -315,6 +315,7 @@ def prune_layer(
     linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2)
     reconstruction = {}
     if settings.reconstruct.name != "none":
+        context.stream.attention = None  # it is tuned too
         with context.watch.measure("prune"):
             reconstruction = asdict(
                 reconstruct_layer(

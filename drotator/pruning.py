@@ -46,10 +46,14 @@ class LayerContext:
     stream: ActivationStream
     watch: Stopwatch
 
-    def collect(self, wanted: Collection[str], R1: Tensor | None = None) -> dict[str, Tensor]:
+    def collect(
+        self, wanted: Collection[str], R1: Tensor | None = None, *, keep_attention: bool = False
+    ) -> dict[str, Tensor]:
         """H of the wanted inputs, (d_in, d_in) float32; see `collect_hessians`."""
         with self.watch.measure("calibrate"):
-            return collect_hessians(self.layer, self.spec, self.stream, self.index, wanted, R1)
+            return collect_hessians(
+                self.layer, self.spec, self.stream, self.index, wanted, R1, keep_attention=keep_attention
+            )
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,10 @@ def prune_linears(
     results: dict[str, LinearResult] = {}
     raised: dict[str, float] = {}
     for inputs, names in context.spec.inputs.items():
-        H = known if known is not None and inputs == "attention" else context.collect((inputs,), R1)[inputs]
+        if known is not None and inputs == "attention":
+            H = known
+        else:  # once query, key and value are pruned, attention stays what it is
+            H = context.collect((inputs,), R1, keep_attention=inputs == "output")[inputs]
         with context.watch.measure("prune"):
             for name in names:
                 module = linear(context.layer, name)

@@ -1,12 +1,14 @@
 """Calibration activations on their way through the model, and the second moments that pruning needs.
 
 d = hidden_size, T = seqlen, N = calibration tokens. H = 2/N X X^T over the N inputs x of a linear, float32, undamped.
+Sums are float32, and so are products: those of bfloat16 or float16 values are exact in it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,31 @@ from drotator.architecture import LayerCalls, LayerSizes, LayerSpec, ModelSource
 from drotator.resources import float32_products
 
 SENSITIVITY_BATCHES = 2
+MOMENT_TOKENS = 4096
+"""Tokens of one product: the tensor cores' sums stay short, and so does a float32 copy of them."""
+MOMENT_ROWS = 4096
+"""Rows of H that one product of 16-bit inputs adds to."""
+
+
+@dataclass
+class KeptAttention:
+    """Stands in for a layer's attention while query, key, value and what they read stay as they are.
+
+    contexts: what attention hands to its output projection, batches (b, T, num_attention_heads h).
+    """
+
+    spec: LayerSpec
+    contexts: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def of_batch(self, layer: nn.Module, position: int) -> Iterator[None]:
+        """Let the layer's forward pass find what its output projection makes of the context that was kept."""
+        attention, output = (layer.get_submodule(name) for name in (self.spec.attention, self.spec.output))
+        attention.forward = lambda *args, **kwargs: (output(self.contexts[position]), None)
+        try:
+            yield
+        finally:
+            del attention.forward
 
 
 @dataclass
@@ -26,12 +53,14 @@ class ActivationStream:
     hidden: batches (b, T, d) in the model's dtype. A layer that has been rotated by R1 is fed x R1, and its output is
     turned back by R1^T, so that every layer's statistics start from the dense model's basis.
     dense: the same batches on their way through the dense model, if anything asks for them; else empty.
+    attention: what stands in for the current layer's attention, if it was kept.
     """
 
     hidden: list[Tensor]
     calls: LayerCalls
     device: torch.device
     dense: list[Tensor] = field(default_factory=list)
+    attention: KeptAttention | None = None
 
     @classmethod
     def start(cls, source: ModelSource, windows: Tensor, batch_size: int, device: torch.device) -> ActivationStream:
@@ -42,6 +71,13 @@ class ActivationStream:
     def fork(self) -> ActivationStream:
         """A stream that starts here and goes its own way."""
         return ActivationStream(hidden=list(self.hidden), calls=self.calls, device=self.device)
+
+    def run(self, layer: nn.Module, index: int, position: int, R1: Tensor | None) -> Tensor:
+        """What the layer puts out for a batch, (b, T, d), in the basis of R1. Attention that is kept is not run."""
+        hidden = self.hidden[position]
+        kept = self.attention.of_batch(layer, position) if self.attention else nullcontext()
+        with kept, float32_products("high"):
+            return hidden_states(layer(rotated(hidden.to(self.device), R1), **self.arguments(hidden, index)))
 
     def batches(self, index: int, R1: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the inputs of layer `index`, and the keyword arguments it is called with."""
@@ -67,11 +103,11 @@ class ActivationStream:
         Raises: RuntimeError that names the layer if a value is not finite.
         """
         is_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for position, (inputs, kwargs) in enumerate(self.batches(index, R1)):
-            with float32_products("high"):
-                output = hidden_states(layer(inputs, **kwargs))
+        for position in range(len(self.hidden)):
+            output = self.run(layer, index, position, R1)
             is_finite &= output.isfinite().all()
             self.hidden[position] = output if R1 is None else output @ R1.mT.to(output.dtype)
+        self.attention = None
         if not is_finite:
             raise RuntimeError(f"Layer {index}: its output is not finite on the calibration text.")
 
@@ -85,6 +121,35 @@ class _CollectedError(Exception):
     """Ends a layer's forward pass where the last input that is wanted has been seen."""
 
 
+def add_moments(H: Tensor, x: Tensor) -> None:
+    """Add x^T x to H, (n, n) float32; x: (tokens, n).
+
+    A GPU multiplies 16-bit inputs on its tensor cores. That is worth half the work: only the blocks from the diagonal
+    on are added to, and `mirror` fills in the others at the end.
+    """
+    for tokens in x.split(MOMENT_TOKENS):
+        if x.dtype == torch.float32:
+            H.addmm_(tokens.mT, tokens)
+        else:
+            for start in range(0, len(H), MOMENT_ROWS):
+                rows = slice(start, start + MOMENT_ROWS)
+                H[rows, start:] += product(tokens[:, rows], tokens[:, start:])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of matrices or batches of them, float32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a.mT, b, out_dtype=torch.float32)  # torch.addmm: some versions want a 16-bit sum
+    return a.float().mT @ b.float()
+
+
+def mirror(H: Tensor) -> None:
+    """Copy what `add_moments` left out from the other side of the diagonal."""
+    for start in range(MOMENT_ROWS, len(H), MOMENT_ROWS):
+        H[start:, start - MOMENT_ROWS : start] = H[start - MOMENT_ROWS : start, start:].mT
+
+
 @torch.no_grad()
 def collect_hessians(
     layer: nn.Module,
@@ -93,27 +158,33 @@ def collect_hessians(
     index: int,
     wanted: Collection[str],
     R1: Tensor | None = None,
+    *,
+    keep_attention: bool = False,
 ) -> dict[str, Tensor]:
     """Run the layer over the calibration set and return H = 2/N X X^T for each of the wanted inputs.
 
     Args:
         wanted: keys of `spec.inputs`. The forward pass stops at the last of them.
         R1: (d, d), given when R1 is merged in the layer; H is then in the rotated basis.
+        keep_attention: from now on `stream` does not run the layer's attention again; see `KeptAttention`.
     Returns: input -> (d_in, d_in) float32.
     Raises: RuntimeError that names layer and input if H is not finite.
     """
     last = [inputs for inputs in spec.inputs if inputs in wanted][-1]
     sums: dict[str, Tensor] = {}
     num_tokens = dict.fromkeys(wanted, 0)
+    kept = KeptAttention(spec)
 
     def accumulate(inputs: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            x = args[0].flatten(0, -2)
             if inputs not in sums:
-                sums[inputs] = x.new_zeros(x.shape[-1], x.shape[-1])
+                sums[inputs] = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
             with float32_products("highest"):
-                sums[inputs].addmm_(x.mT, x)
+                add_moments(sums[inputs], x)
             num_tokens[inputs] += len(x)
+            if keep_attention and inputs == "output":
+                kept.contexts.append(args[0])
             if inputs == last:
                 raise _CollectedError
 
@@ -123,18 +194,18 @@ def collect_hessians(
         layer.get_submodule(spec.inputs[inputs][0]).register_forward_pre_hook(accumulate(inputs)) for inputs in wanted
     ]
     try:
-        for hidden, kwargs in stream.batches(index, R1):
-            try:
-                with float32_products("high"):
-                    layer(hidden, **kwargs)
-            except _CollectedError:
-                continue
+        for position in range(len(stream.hidden)):
+            with suppress(_CollectedError):
+                stream.run(layer, index, position, R1)
     finally:
         for handle in handles:
             handle.remove()
+    if keep_attention:
+        stream.attention = kept
     for inputs, total in sums.items():
+        mirror(total)
         total.mul_(2.0 / num_tokens[inputs])
-        if not total.isfinite().all():
+        if not total.diagonal().isfinite().all():  # an input that is not finite shows there
             raise RuntimeError(f"Layer {index}: the second moments of the inputs of {inputs} are not finite.")
     return sums
 
@@ -158,24 +229,29 @@ def collect_sensitivities(
     ]
     num_tokens = 0
     try:
-        for hidden, kwargs in itertools.islice(stream.batches(index, None), SENSITIVITY_BATCHES):
-            with torch.enable_grad(), float32_products("high"):
-                y = hidden_states(layer(hidden.detach().requires_grad_(), **kwargs))
-                noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-                gradients = torch.autograd.grad(y, list(outputs.values()), noise)
-            num_tokens += y.shape[0] * y.shape[1]
-            for name, gradient in zip(outputs, gradients, strict=True):
-                g = gradient.flatten(0, -2).float()
-                if name == spec.value:
-                    heads = g.unflatten(1, (sizes.num_key_value_heads, sizes.head_dim)).transpose(0, 1)  # (k, T, h)
-                    found = heads.mT @ heads
-                elif name in (spec.output, spec.down):
-                    found = g.square().mean(1).sum()
-                else:
-                    found = g.square().sum(0)
-                moments[name] = found + moments.get(name, 0)
-            outputs.clear()
+        for hidden in itertools.islice(stream.hidden, SENSITIVITY_BATCHES):
+            noise = torch.randn(hidden.shape, generator=generator, device=stream.device, dtype=hidden.dtype)
+            for window, u in zip(hidden.split(1), noise.split(1), strict=True):  # the graph of one at a time
+                x = window.to(stream.device).detach().requires_grad_()
+                with torch.enable_grad(), float32_products("high"):
+                    y = hidden_states(layer(x, **stream.arguments(window, index)))
+                    gradients = torch.autograd.grad(y, list(outputs.values()), u)
+                names = list(outputs)
+                outputs.clear()
+                for name, gradient in zip(names, gradients, strict=True):
+                    for g in gradient.flatten(0, -2).split(MOMENT_TOKENS):
+                        moments[name] = gradient_moments(g, name, spec, sizes) + moments.get(name, 0)
+            num_tokens += hidden.shape[0] * hidden.shape[1]
     finally:
         for handle in handles:
             handle.remove()
     return {name: moment / num_tokens for name, moment in moments.items()}
+
+
+def gradient_moments(g: Tensor, name: str, spec: LayerSpec, sizes: LayerSizes) -> Tensor:
+    """What `collect_sensitivities` adds up of the gradients of a linear's outputs; g: (tokens, d_out)."""
+    if name == spec.value:
+        heads = g.unflatten(1, (sizes.num_key_value_heads, sizes.head_dim)).transpose(0, 1)  # (k, tokens, h)
+        return product(heads, heads)
+    energy = g.float().square()
+    return energy.mean(1).sum() if name in (spec.output, spec.down) else energy.sum(0)

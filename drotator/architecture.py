@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -227,16 +227,16 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def embed(
-    source: ModelSource, windows: Tensor, batch_size: int, device: torch.device
-) -> tuple[list[Tensor], LayerCalls]:
+    source: ModelSource, windows: Tensor, batch_size: int, device: torch.device, keep: Callable[[Tensor], object]
+) -> LayerCalls:
     """Run the model's own forward with its layers replaced by recorders.
 
     Masks and rotary embeddings then come from transformers' code for every layer, whatever the family does.
 
     Args:
         windows: (N, T) int64 token ids.
-    Returns: hidden states in batches (b, T, d) on `device`, and the layers' keyword arguments by batch size, that of a
-        single window too.
+        keep: is given the hidden states, (b, T, d) on `device`, batch by batch.
+    Returns: the layers' keyword arguments by batch size, that of a single window too.
     """
     model = copy.deepcopy(source.skeleton)
     recorders = [_Recorder() for _ in range(source.num_layers)]
@@ -247,13 +247,13 @@ def embed(
     decoder = model.base_model
     rotary = type(decoder.rotary_emb)(source.config)
     decoder.rotary_emb = rotary.to(device)
-    hidden: list[Tensor] = []
     calls: LayerCalls = {}
-    for batch in (windows[:1], *windows.split(batch_size)):
+    for number, batch in enumerate((windows[:1], *windows.split(batch_size))):
         output = decoder(input_ids=batch.to(device), use_cache=False)
-        hidden.append(output.last_hidden_state)
         calls.setdefault(len(batch), LayerCall(tuple(recorder.kwargs for recorder in recorders)))
-    return hidden[1:], calls
+        if number > 0:
+            keep(output.last_hidden_state)
+    return calls
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:

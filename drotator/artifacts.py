@@ -25,7 +25,7 @@ from drotator.rotation import Rotation
 from drotator.training import TrainedRotation
 
 PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
-FREE_TO_CHANGE = ("resume", "baseline", "device")
+FREE_TO_CHANGE = ("resume", "baseline", "device", "offload")
 """Settings that a resumed run may change: they do not decide what a layer becomes."""
 
 

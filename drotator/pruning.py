@@ -162,6 +162,8 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
             start = starting_rotation(dense.problem, 1, settings, previous)
             objective = objective_of(dense.problem, settings)
             trained = learn_rotation([objective], start, settings)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(f"Layer {context.index}: {error}") from error
         with torch.no_grad():
@@ -179,10 +181,10 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
     return polished
 
 
-def importance_of_gate(problem: LayerProblem, rotation: Rotation | None, settings: PruneConfig) -> Tensor:
-    """Importance of gate_proj's weights, (m, d), in the dense basis or in that of the rotation: for the plots."""
-    W = problem.weights["gate"]
-    return importance(W, problem.hessians.get("mlp"), None if rotation is None else rotation.R1.to(W), settings)
+def importances_of_gate(problem: LayerProblem, rotation: Rotation, settings: PruneConfig) -> tuple[Tensor, Tensor]:
+    """Importance of gate_proj's weights, (m, d) on the CPU, in the dense basis and in that of the rotation."""
+    W, H = problem.weights["gate"], problem.hessians.get("mlp")
+    return importance(W, H, None, settings).cpu(), importance(W, H, rotation.R1.to(W), settings).cpu()
 
 
 @torch.no_grad()
@@ -212,25 +214,32 @@ def prune_linears(
             H = context.collect((inputs,), R1, keep_attention=inputs == "output")[inputs]
         with context.watch.measure("prune"):
             for name in names:
-                module = linear(context.layer, name)
-                W = module.weight.to(torch.float32, copy=True)
-                if pruner.name != "none":
-                    try:
-                        pruned = PRUNERS[pruner.name](W, H, sparsity, pruner)
-                    except RuntimeError as failure:
-                        raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
-                    weight = pruned.weight
-                    if pruner.solve_steps:
-                        weight = solve_on_mask(
-                            W, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps
-                        )
-                    module.weight.copy_(weight)
-                    if pruned.damping > pruner.damping:
-                        raised[name] = pruned.damping
-                before, after = W, module.weight.float()
-                if R2 is not None and name == context.spec.value:
-                    undo = torch.linalg.inv(R2).to(W)
-                    before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
-                error = relative_error(before, after, H)
-                results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error))
+                results[name], damping = prune_linear(context, name, H, pruner, sparsity, R2)
+                if damping > pruner.damping:
+                    raised[name] = damping
     return results, raised
+
+
+def prune_linear(
+    context: LayerContext, name: str, H: Tensor, pruner: PrunerConfig, sparsity: SparsityConfig, R2: Tensor | None
+) -> tuple[LinearResult, float]:
+    """Prune one of the layer's linears in place; H: (d_in, d_in) of its inputs. Returns its result and the damping."""
+    module, damping = linear(context.layer, name), 0.0
+    W = module.weight.to(torch.float32, copy=True)
+    if pruner.name != "none":
+        try:
+            weight, mask, damping = PRUNERS[pruner.name](W, H, sparsity, pruner)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
+        if pruner.solve_steps:
+            weight = solve_on_mask(W, weight, mask, H, damping=pruner.damping, steps=pruner.solve_steps)
+        module.weight.copy_(weight)
+        del weight, mask
+    before, after = W, module.weight.float()
+    if R2 is not None and name == context.spec.value:
+        undo = torch.linalg.inv(R2).to(W)
+        before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
+    error = relative_error(before, after, H)
+    return LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error)), damping

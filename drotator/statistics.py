@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from drotator.architecture import LayerCalls, LayerSizes, LayerSpec, ModelSource, embed, hidden_states
+from drotator.offload import ON_DEVICE, Batches, Offload
 from drotator.resources import float32_products
 
 SENSITIVITY_BATCHES = 2
@@ -29,11 +30,11 @@ MOMENT_ROWS = 4096
 class KeptAttention:
     """Stands in for a layer's attention while query, key, value and what they read stay as they are.
 
-    contexts: what attention hands to its output projection, batches (b, T, num_attention_heads h).
+    contexts: what attention hands to its output projection, (b, T, num_attention_heads h).
     """
 
     spec: LayerSpec
-    contexts: list[Tensor] = field(default_factory=list)
+    contexts: Batches
 
     @contextmanager
     def of_batch(self, layer: nn.Module, position: int) -> Iterator[None]:
@@ -50,51 +51,59 @@ class KeptAttention:
 class ActivationStream:
     """Hidden states entering the current layer, in the basis of the dense model.
 
-    hidden: batches (b, T, d) in the model's dtype. A layer that has been rotated by R1 is fed x R1, and its output is
+    hidden: (b, T, d) in the model's dtype. A layer that has been rotated by R1 is fed x R1, and its output is
     turned back by R1^T, so that every layer's statistics start from the dense model's basis.
-    dense: the same batches on their way through the dense model, if anything asks for them; else empty.
+    dense: the same batches on their way through the dense model, if anything asks for them.
     attention: what stands in for the current layer's attention, if it was kept.
     """
 
-    hidden: list[Tensor]
+    hidden: Batches
     calls: LayerCalls
     device: torch.device
-    dense: list[Tensor] = field(default_factory=list)
+    dense: Batches | None = None
     attention: KeptAttention | None = None
 
     @classmethod
-    def start(cls, source: ModelSource, windows: Tensor, batch_size: int, device: torch.device) -> ActivationStream:
+    def start(
+        cls,
+        source: ModelSource,
+        windows: Tensor,
+        batch_size: int,
+        device: torch.device,
+        offload: Offload = ON_DEVICE,
+    ) -> ActivationStream:
         """Embed the calibration windows, (num_samples, T) int64."""
-        hidden, calls = embed(source, windows, batch_size, device)
+        hidden = Batches(device, offload)
+        calls = embed(source, windows, batch_size, device, hidden.append)
         return cls(hidden=hidden, calls=calls, device=device)
 
     def fork(self) -> ActivationStream:
         """A stream that starts here and goes its own way."""
-        return ActivationStream(hidden=list(self.hidden), calls=self.calls, device=self.device)
+        return ActivationStream(hidden=self.hidden.copy(), calls=self.calls, device=self.device)
 
     def run(self, layer: nn.Module, index: int, position: int, R1: Tensor | None) -> Tensor:
         """What the layer puts out for a batch, (b, T, d), in the basis of R1. Attention that is kept is not run."""
         hidden = self.hidden[position]
         kept = self.attention.of_batch(layer, position) if self.attention else nullcontext()
         with kept, float32_products("high"):
-            return hidden_states(layer(rotated(hidden.to(self.device), R1), **self.arguments(hidden, index)))
+            return hidden_states(layer(rotated(hidden, R1), **self.arguments(hidden, index)))
 
     def batches(self, index: int, R1: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the inputs of layer `index`, and the keyword arguments it is called with."""
         for hidden in self.hidden:
-            yield rotated(hidden.to(self.device), R1), self.arguments(hidden, index)
+            yield rotated(hidden, R1), self.arguments(hidden, index)
 
     def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
         """Keyword arguments with which the model calls layer `index` for this batch."""
         return self.calls[len(hidden)].per_layer[index]
 
     @torch.no_grad()
-    def advance_dense(self, layer: nn.Module, index: int, inputs: list[Tensor]) -> None:
+    def advance_dense(self, layer: nn.Module, index: int, inputs: Batches) -> None:
         """Put into `dense` what the dense layer, in the dense model's basis, makes of inputs."""
-        with float32_products("high"):
-            self.dense = [
-                hidden_states(layer(hidden.to(self.device), **self.arguments(hidden, index))) for hidden in inputs
-            ]
+        self.dense = self.dense or inputs.copy()
+        for position, hidden in enumerate(inputs):
+            with float32_products("high"):
+                self.dense[position] = hidden_states(layer(hidden, **self.arguments(hidden, index)))
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, index: int, R1: Tensor | None) -> None:
@@ -173,7 +182,7 @@ def collect_hessians(
     last = [inputs for inputs in spec.inputs if inputs in wanted][-1]
     sums: dict[str, Tensor] = {}
     num_tokens = dict.fromkeys(wanted, 0)
-    kept = KeptAttention(spec)
+    kept = KeptAttention(spec, stream.hidden.empty())
 
     def accumulate(inputs: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -232,7 +241,7 @@ def collect_sensitivities(
         for hidden in itertools.islice(stream.hidden, SENSITIVITY_BATCHES):
             noise = torch.randn(hidden.shape, generator=generator, device=stream.device, dtype=hidden.dtype)
             for window, u in zip(hidden.split(1), noise.split(1), strict=True):  # the graph of one at a time
-                x = window.to(stream.device).detach().requires_grad_()
+                x = window.detach().requires_grad_()
                 with torch.enable_grad(), float32_products("high"):
                     y = hidden_states(layer(x, **stream.arguments(window, index)))
                     gradients = torch.autograd.grad(y, list(outputs.values()), u)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drotator import statistics
 from drotator.architecture import ModelSource, hidden_states, linear
+from drotator.offload import Batches
 from drotator.rotation import Rotation, fold_norms, merge_rotation
 from drotator.statistics import (
     SENSITIVITY_BATCHES,
@@ -80,7 +81,7 @@ def test_moments_and_hidden_states_are_those_of_the_whole_model(
             assert_close(H, expected[index][inputs])
         stream.advance(layer, index, None)
     with torch.no_grad():
-        logits = model.lm_head(model.model.norm(torch.cat(stream.hidden)))
+        logits = model.lm_head(model.model.norm(torch.cat(list(stream.hidden))))
         torch.testing.assert_close(logits, model(windows).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -142,7 +143,7 @@ def test_moments_are_float32_sums_of_a_bfloat16_layers_inputs(tmp_path: Path) ->
     layer = source.layer(0)
     H = collect_hessians(layer, source.spec, stream, 0, ("attention",))["attention"]
     with torch.no_grad():
-        x = layer.get_submodule(source.spec.attention_norm)(torch.cat(stream.hidden)).flatten(0, 1).double()
+        x = layer.get_submodule(source.spec.attention_norm)(torch.cat(list(stream.hidden))).flatten(0, 1).double()
     assert_close(H, 2 / len(x) * x.T @ x)
 
 
@@ -261,9 +262,9 @@ def test_a_fork_leaves_the_stream_where_it_is(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama")
     stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
     before = [hidden.clone() for hidden in stream.hidden]
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     ahead = stream.fork()
-    assert ahead.dense == []  # a look ahead needs no targets, and must not hold on to them
+    assert ahead.dense is None  # a look ahead needs no targets, and must not hold on to them
     ahead.advance(source.layer(0), 0, None)
     assert all(torch.equal(hidden, old) for hidden, old in zip(stream.hidden, before, strict=True))
     stream.advance(source.layer(0), 0, None)
@@ -274,7 +275,7 @@ def test_the_dense_stream_is_what_the_dense_layers_make_of_its_inputs(tmp_path: 
     source = tiny_source(tmp_path, "llama")
     stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
     expected = stream.fork()
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     for index in range(2):
         stream.advance_dense(source.layer(index), index, stream.dense)
         expected.advance(source.layer(index), index, None)
@@ -290,7 +291,7 @@ def outputs_of(layer: Any, stream: ActivationStream, index: int) -> list[Tensor]
 def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "qwen2", **SLIDING["qwen2"])
     stream, model = ActivationStream.start(source, some_tokens(3, 11), 2, CPU), tiny_model("qwen2", **SLIDING["qwen2"])
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     states: list[Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, __, output: states.append(hidden_states(output)))
@@ -299,10 +300,10 @@ def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) ->
     for index in range(source.num_layers):
         inputs = [hidden.clone() for hidden in stream.hidden]
         stream.advance_dense(source.layer(index), index, stream.dense)
-        torch.testing.assert_close(torch.cat(stream.dense), states[index], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(list(stream.dense)), states[index], rtol=1e-4, atol=1e-4)
         assert all(torch.equal(*pair) for pair in zip(stream.hidden, inputs, strict=True))
     # Of the inputs of a pruned model it is the dense layer's output on them.
-    other = [hidden + 1 for hidden in stream.hidden]
+    other = Batches(CPU, batches=[hidden + 1 for hidden in stream.hidden])
     stream.advance_dense(source.layer(1), 1, other)
     expected = outputs_of(source.layer(1), ActivationStream(other, stream.calls, CPU), 1)
     assert all(torch.equal(*pair) for pair in zip(stream.dense, expected, strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ class LayerSpec:
     """How R1 and R2 pass through one decoder layer of a family: names of its modules, relative to the layer.
 
     inputs: what the pruned linears read, in the order of the forward pass; linears of one entry share their input.
+    attention: the module that holds query to output and returns (what output makes of its input, anything).
     """
 
     query: str = "self_attn.q_proj"
@@ -36,6 +37,7 @@ class LayerSpec:
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    attention: str = "self_attn"
 
     @property
     def inputs(self) -> Mapping[str, tuple[str, ...]]:
@@ -225,16 +227,16 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def embed(
-    source: ModelSource, windows: Tensor, batch_size: int | list[int], device: torch.device
-) -> tuple[list[Tensor], LayerCalls]:
+    source: ModelSource, batches: Sequence[Tensor], device: torch.device, keep: Callable[[Tensor], object]
+) -> LayerCalls:
     """Run the model's own forward with its layers replaced by recorders.
 
     Masks and rotary embeddings then come from transformers' code for every layer, whatever the family does.
 
     Args:
-        windows: (N, T) int64 token ids.
-        batch_size: windows of a batch, or of each batch.
-    Returns: hidden states in batches (b, T, d) on `device`, and the layers' keyword arguments by batch size.
+        batches: (b, T) int64 token ids each.
+        keep: is given the hidden states, (b, T, d) on `device`, batch by batch.
+    Returns: the layers' keyword arguments by batch size, that of a single window too.
     """
     model = copy.deepcopy(source.skeleton)
     recorders = [_Recorder() for _ in range(source.num_layers)]
@@ -245,13 +247,13 @@ def embed(
     decoder = model.base_model
     rotary = type(decoder.rotary_emb)(source.config)
     decoder.rotary_emb = rotary.to(device)
-    hidden: list[Tensor] = []
     calls: LayerCalls = {}
-    for batch in windows.split(batch_size):
+    for number, batch in enumerate((*(batch[:1] for batch in batches[:1]), *batches)):
         output = decoder(input_ids=batch.to(device), use_cache=False)
-        hidden.append(output.last_hidden_state)
         calls.setdefault(len(batch), LayerCall(tuple(recorder.kwargs for recorder in recorders)))
-    return hidden, calls
+        if number > 0:
+            keep(output.last_hidden_state)
+    return calls
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:

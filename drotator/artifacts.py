@@ -26,7 +26,7 @@ from drotator.rotation import Rotation
 from drotator.training import TrainedRotation
 
 PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
-FREE_TO_CHANGE = ("resume", "baseline", "device")
+FREE_TO_CHANGE = ("resume", "baseline", "device", "offload")
 """Settings that a resumed run may change: they do not decide what a layer becomes."""
 
 
@@ -42,7 +42,6 @@ class RunFolder:
         self.world = world
         self.checkpoint = path / "checkpoint"
         self.plots = path / "plots"
-        self.problems = path / ("problems" if world.is_first else f"problems-{world.rank}")
 
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any], world: World = ALONE) -> RunFolder:
@@ -83,6 +82,10 @@ class RunFolder:
                 f"{self.path} holds a run with other settings: {', '.join(changed)}. "
                 "Give them as they were, or start a new run without resume."
             )
+
+    def scratch(self, name: str) -> Path:
+        """A folder for files that only this process reads."""
+        return self.path / (name if self.world.is_first else f"{name}-{self.world.rank}")
 
     def layer_file(self, index: int) -> Path:
         return self.path / "layers" / f"{index:03d}.safetensors"

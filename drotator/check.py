@@ -21,6 +21,7 @@ from drotator.console import console
 from drotator.export import export_checkpoint
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.folders import write_text
+from drotator.memory import plan_memory
 from drotator.pipeline import Job, missing_bytes, prune_layers
 from drotator.resources import check_disk_space, choose_device
 from drotator.results import LayerResult
@@ -71,13 +72,14 @@ def run_check(settings: CheckConfig, run_dir: Path) -> float:
     found = []
     for dtype in dict.fromkeys((torch.float32, stored)):
         source = ModelSource.open(folder, str(dtype).removeprefix("torch."))
-        job = Job(source, tokenizer, windows, device, {}, {})
+        given = as_learned(settings)
+        job = Job(source, tokenizer, windows, device, {}, {}, plan_memory(given, source, device))
         dense = logits(folder, windows, dtype, device)
         for name, rotate in (("random", rotate_randomly), ("learned", rotate_as_learned)):
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=f".{name}-") as temporary:
                 run = RunFolder.open(Path(temporary), describe(settings))
                 check_disk_space(run.path, missing_bytes(run, source, RotationConfig()))
-                rotate(settings, job, run)
+                rotate(given, job, run)
                 export_checkpoint(RotationConfig(), run, source, {})
                 merged = logits(run.checkpoint, windows, dtype, device)
             largest, scale = float((merged - dense).abs().max()), float(dense.abs().max())
@@ -100,7 +102,7 @@ def logits(folder: Path, windows: Tensor, dtype: torch.dtype, device: torch.devi
     return torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows[:NUM_WINDOWS]])
 
 
-def rotate_randomly(settings: CheckConfig, job: Job, run: RunFolder) -> None:
+def rotate_randomly(settings: PruneConfig, job: Job, run: RunFolder) -> None:
     """Fill the run folder with dense layers that carry random rotations."""
     generator = torch.Generator().manual_seed(settings.seed)
     for index in range(job.source.num_layers):
@@ -115,22 +117,24 @@ def rotate_randomly(settings: CheckConfig, job: Job, run: RunFolder) -> None:
         run.save_layer(index, layer.state_dict(), nothing)
 
 
-def rotate_as_learned(settings: CheckConfig, job: Job, run: RunFolder) -> None:
-    """Fill the run folder with dense layers that carry rotations learned as `drotator prune` learns them."""
-    prune_layers(
-        PruneConfig(
-            model=settings.model,
-            pruner=PrunerConfig(name="none"),
-            sparsity=settings.sparsity,
-            rotation=RotationConfig(name="per_layer"),
-            objective=settings.objective,
-            optimizer=settings.optimizer,
-            calibration=settings.calibration,
-            eval=EvalConfig(perplexity=[], tasks=[]),
-        ),
-        job,
-        run,
+def as_learned(settings: CheckConfig) -> PruneConfig:
+    """The settings of a `drotator prune` that learns rotations and prunes nothing."""
+    return PruneConfig(
+        model=settings.model,
+        pruner=PrunerConfig(name="none"),
+        sparsity=settings.sparsity,
+        rotation=RotationConfig(name="per_layer"),
+        objective=settings.objective,
+        optimizer=settings.optimizer,
+        calibration=settings.calibration,
+        eval=EvalConfig(perplexity=[], tasks=[]),
+        seed=settings.seed,
     )
+
+
+def rotate_as_learned(settings: PruneConfig, job: Job, run: RunFolder) -> None:
+    """Fill the run folder with dense layers that carry rotations learned as `drotator prune` learns them."""
+    prune_layers(settings, job, run)
 
 
 def table(found: list[Difference]) -> Table:

@@ -23,6 +23,7 @@ OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
 BASELINES = ("auto", "always", "never")
+OFFLOADS = ("auto", "device", "host", "disk")
 FORMATS = ("sparse24",)
 
 
@@ -256,8 +257,10 @@ class EvalConfig:
 class PruneConfig:
     """Settings of `drotator prune`.
 
-    device: auto, cpu, cuda or cuda:N. resume: the run folder to go on with. baseline: prune the unrotated model too and
-    show it beside the rotated one (auto: in a single run, not in a sweep).
+    device: auto, cpu, cuda or cuda:N. offload: where the activations of the calibration set are kept: device, host
+    (memory), disk (files in the run folder), or auto: the first of these that fits. resume: the run folder to go on
+    with. baseline: prune the unrotated model too and show it beside the rotated one (auto: in a single run, not in a
+    sweep).
     """
 
     model: ModelConfig
@@ -270,11 +273,13 @@ class PruneConfig:
     eval: EvalConfig
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     device: str = "auto"
+    offload: str = "auto"
     seed: int = 0
     resume: str = ""
     baseline: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("offload", self.offload, OFFLOADS)
         _one_of("baseline", self.baseline, BASELINES)
         if self.rotation.value_map == "invertible":
             self._check_invertible_map()

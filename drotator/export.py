@@ -16,6 +16,9 @@ from drotator.rotation import boundary_weight
 
 logger = logging.getLogger(__name__)
 
+ROWS = 16384
+"""Rows of the embeddings that are float64 at a time."""
+
 
 def export_checkpoint(
     rotation: RotationConfig, run: RunFolder, source: ModelSource, metadata: dict[str, object]
@@ -49,7 +52,7 @@ def checkpoint_tensors(rotation: RotationConfig, run: RunFolder, source: ModelSo
     is_rotated, boundaries = rotation.name != "none", rotation.boundaries(source.num_layers)
     norm, embedding = source.tensor(f"{FINAL_NORM}.weight"), source.tensor(f"{EMBEDDING}.weight")
     R1 = merged_rotation(rotation.name, run, 0, torch.device("cpu"))
-    yield f"{EMBEDDING}.weight", embedding if R1 is None else (embedding.double() @ R1).to(source.dtype)
+    yield f"{EMBEDDING}.weight", embedding if R1 is None else rotated_rows(embedding, R1, torch.ones_like(norm))
     for index in range(source.num_layers):
         state, _ = run.load_layer(index)
         for name, tensor in state.items():
@@ -62,6 +65,11 @@ def checkpoint_tensors(rotation: RotationConfig, run: RunFolder, source: ModelSo
             R1 = R1_next
     yield f"{FINAL_NORM}.weight", torch.ones_like(norm) if is_rotated else norm
     if R1 is not None:
-        yield f"{HEAD}.weight", ((source.head_weight().double() * norm.double()) @ R1).to(source.dtype)
+        yield f"{HEAD}.weight", rotated_rows(source.head_weight(), R1, norm)
     elif not source.is_tied:
         yield f"{HEAD}.weight", source.head_weight()
+
+
+def rotated_rows(W: Tensor, R: Tensor, gain: Tensor) -> Tensor:
+    """W gain R in the dtype of W, products float64. W: (vocab_size, d); R: (d, d) float64; gain: (d,)."""
+    return torch.cat([((rows.double() * gain.double()) @ R).to(W.dtype) for rows in W.split(ROWS)])

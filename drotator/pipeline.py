@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from drotator.dense import dense_metrics
 from drotator.distributed import ALONE, World
 from drotator.export import export_checkpoint, merged_rotation
 from drotator.fetch import load_tokenizer, resolve_model
-from drotator.objectives import LayerProblem
+from drotator.memory import MemoryPlan, check_evaluation, plan_memory
+from drotator.offload import Offload
 from drotator.plots import (
     plot_importance_curves,
     plot_importance_image,
@@ -32,7 +35,7 @@ from drotator.plots import (
 from drotator.pruners import validate
 from drotator.pruning import (
     LayerContext,
-    importance_of_gate,
+    importances_of_gate,
     learn_layer,
     learn_rotation,
     merge,
@@ -99,6 +102,7 @@ class Job:
     device: torch.device
     dense: Metrics
     seconds: dict[str, float]
+    memory: MemoryPlan
     world: World = ALONE
 
 
@@ -119,23 +123,34 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
         for inputs, names in source.spec.inputs.items():
             for name in names:
                 validate(settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
-        needed = sum(missing_bytes(to_do, source, one.rotation) for one, to_do in planned)
-        world.share(lambda: check_disk_space(run.path, needed))
+        memory = plan_memory(settings, source, device, world)
+        logger.info("memory: %s: activations on %s (offload=%s)", memory, memory.level, settings.offload)
+        if memory.needs.layer > memory.free_device:
+            logger.warning("a layer may not fit on the device: lower calibration.batch_size, or set device=cpu")
+        written = sum(missing_bytes(to_do, source, one.rotation) for one, to_do in planned)
+        written += sum(world.gather(memory.needs.activations)) if memory.level == "disk" else 0
+        world.share(lambda: check_disk_space(run.path, written))
+        if world.is_first and (settings.eval.perplexity or settings.eval.tasks):
+            check_evaluation(model_bytes(source, settings.rotation), memory.free_device, memory.free_host)
         tokenizer = load_tokenizer(source.folder)
         windows = world.share(lambda: calibration.calibration_windows(settings.calibration, tokenizer))
     with watch.measure("evaluate"):
         dense = world.share(lambda: dense_metrics(source, tokenizer, settings.eval, seed=settings.seed, device=device))
-    return Job(source, tokenizer, windows, device, dense, watch.seconds, world)
+    return Job(source, tokenizer, windows, device, dense, watch.seconds, memory, world)
 
 
 def missing_bytes(run: RunFolder, source: ModelSource, rotation: RotationConfig) -> int:
     """Estimate what the run will still write: layers, the checkpoint, and float32 rotations."""
-    layer = sum(tensor.numel() for tensor in source.skeleton.get_submodule(f"{LAYERS}.0").state_dict().values())
-    model = sum(tensor.numel() for tensor in source.skeleton.state_dict().values())
+    layer = sum(tensor.nbytes for tensor in source.skeleton.get_submodule(f"{LAYERS}.0").state_dict().values())
     left = sum(not run.layer_file(index).exists() for index in range(source.num_layers))
-    R1 = source.sizes.hidden_size**2 if rotation.name != "none" else 0
-    weights = left * layer + model + len(rotation.boundaries(source.num_layers)) * R1
-    return int(DISK_MARGIN * (weights * source.dtype.itemsize + left * R1 * 4))
+    R1 = 4 * source.sizes.hidden_size**2 if rotation.name != "none" else 0
+    return int(DISK_MARGIN * (left * (layer + R1) + model_bytes(source, rotation)))
+
+
+def model_bytes(source: ModelSource, rotation: RotationConfig) -> int:
+    """Size of the rotated model's weights."""
+    boundaries = len(rotation.boundaries(source.num_layers)) * source.sizes.hidden_size**2
+    return sum(tensor.nbytes for tensor in source.skeleton.state_dict().values()) + boundaries * source.dtype.itemsize
 
 
 def run_once(settings: PruneConfig, run: RunFolder, job: Job, plain: RunReport | None = None) -> RunReport:
@@ -207,6 +222,7 @@ def conclude(
             **details_of(settings),
             "device": device_name(job.device),
             "processes": job.world.size,
+            "offload": job.memory.level,
             "dtype": job.source.dtype_name,
         },
     )
@@ -222,12 +238,40 @@ def conclude(
 def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerResult]:
     """Rotate and prune the layers one after another; those that the run folder holds are only read.
 
+    Where the device's memory does not suffice, it goes on with the activations kept farther from it.
+
     Returns: one result for each layer.
+    Raises: RuntimeError that says what to set if nothing more can be moved away.
     """
+    levels = job.memory.levels
+    if job.world.size > 1:
+        levels = levels[:1]  # where one process fails, the others are in the midst of a layer
+    for level, following in zip_longest(levels, levels[1:]):
+        offload = Offload(level, run.scratch("activations"))
+        offload.clear()
+        try:
+            return prune_layers_with(offload, settings, job, run)
+        except torch.OutOfMemoryError as error:
+            failure = str(error).partition(". ")[0]
+        finally:
+            offload.clear()
+        gc.collect()  # the layer that failed is gone before it is begun again
+        if following:
+            logger.warning("%s. Going on with offload=%s.", failure, following)
+    raise RuntimeError(
+        f"{failure}. Before the run {job.memory}. Lower calibration.batch_size, or set offload=host, offload=disk or "
+        f"device=cpu, and go on with resume={run.path}."
+    )
+
+
+def prune_layers_with(offload: Offload, settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerResult]:
+    """`prune_layers` with the activations kept in one place. Raises: torch.OutOfMemoryError."""
     source, rotation = job.source, settings.rotation
-    stream = ActivationStream.start(source, job.windows, settings.calibration.batch_size, job.device, job.world)
+    stream = ActivationStream.start(
+        source, job.windows, settings.calibration.batch_size, job.device, offload, job.world
+    )
     if settings.reconstruct.name != "none":
-        stream.dense = list(stream.hidden)
+        stream.dense = stream.hidden.copy()
     results: list[LayerResult] = []
     before: tuple[nn.Module, Tensor | None] | None = None
     what = "pruning" if rotation.name == "none" else "rotating and pruning"
@@ -241,7 +285,7 @@ def prune_layers(settings: PruneConfig, job: Job, run: RunFolder) -> list[LayerR
                 if index == group[0] and len(group) > 1 and not run.has_rotations(group):
                     learn_shared_rotation(group, stream, watch, settings, job, run)
                 context = open_context(index, stream, watch, job)
-                if stream.dense:
+                if stream.dense is not None:
                     inputs = stream.dense if settings.reconstruct.target == "model" else stream.hidden
                     with watch.measure("calibrate"):
                         stream.advance_dense(context.layer, index, inputs)
@@ -277,7 +321,7 @@ def learn_shared_rotation(
     The layers' statistics are those of the dense layers on what the pruned ones before the run put out.
     """
     ahead = stream.fork()
-    store = ProblemStore(run.problems, settings, job.source.sizes, job.device)
+    store = ProblemStore(run.scratch("problems"), settings, job.source.sizes, job.device)
     orders: list[Tensor | None] = []
     with progress("statistics of dense layers", len(group)) as advance:
         for index in group:
@@ -297,7 +341,8 @@ def learn_shared_rotation(
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
             rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
             if group[position] == job.source.num_layers // 2:
-                draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
+                importances = importances_of_gate(store.problem(position), rotation, settings)
+                draw_importance(run, group[position], job.source.spec, *importances)
             with torch.no_grad():
                 values = [float(objective(at.R1, at.R2)) for at in (identity, rotation)]
             learned.append(
@@ -333,10 +378,13 @@ def prune_layer(
         trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
-            draw_importance(run, context.index, context.spec, dense.problem, trained.rotation, settings)
+            importances = importances_of_gate(dense.problem, trained.rotation, settings)
+            draw_importance(run, context.index, context.spec, *importances)
+            del importances
         merged = merge(context, dense.weights, trained.rotation)
         H = dense.problem.hessians.get("attention")
         known = None if H is None else (merged.R1.mT @ H.double() @ merged.R1).float()
+        del dense, H  # their memory is wanted by the pruner
     elif settings.rotation.name != "none":
         trained = run.load_rotation(context.index)
         rotation = trained.rotation.to(context.stream.device)
@@ -348,6 +396,7 @@ def prune_layer(
     linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2)
     reconstruction = {}
     if settings.reconstruct.name != "none":
+        context.stream.attention = None  # it is tuned too
         with context.watch.measure("prune"):
             reconstruction = asdict(
                 reconstruct_layer(
@@ -372,13 +421,13 @@ def prune_layer(
     )
 
 
-def draw_importance(
-    run: RunFolder, index: int, spec: LayerSpec, problem: LayerProblem, rotation: Rotation, settings: PruneConfig
-) -> None:
-    """Plot the importance of one linear's weights before and after the rotation."""
+def draw_importance(run: RunFolder, index: int, spec: LayerSpec, before: Tensor, after: Tensor) -> None:
+    """Plot the importance of one linear's weights before and after the rotation.
+
+    It is given tensors of the host alone: the plots leave what the call held to the garbage collector.
+    """
     if not run.world.is_first:
         return
-    before, after = (importance_of_gate(problem, at, settings).cpu() for at in (None, rotation))
     title = f"layer {index}, {spec.gate}"
     plot_importance_image(run.plots / "importance_image.png", before, after, title)
     plot_importance_curves(run.plots / "importance_curves.png", before, after, title)

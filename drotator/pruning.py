@@ -47,10 +47,14 @@ class LayerContext:
     stream: ActivationStream
     watch: Stopwatch
 
-    def collect(self, wanted: Collection[str], R1: Tensor | None = None) -> dict[str, Tensor]:
+    def collect(
+        self, wanted: Collection[str], R1: Tensor | None = None, *, keep_attention: bool = False
+    ) -> dict[str, Tensor]:
         """H of the wanted inputs, (d_in, d_in) float32; see `collect_hessians`."""
         with self.watch.measure("calibrate"):
-            return collect_hessians(self.layer, self.spec, self.stream, self.index, wanted, R1)
+            return collect_hessians(
+                self.layer, self.spec, self.stream, self.index, wanted, R1, keep_attention=keep_attention
+            )
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
             start = starting_rotation(dense.problem, 1, settings, previous)
             objective = objective_of(dense.problem, settings)
             trained = learn_rotation([objective], start, settings, context.stream.world)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(f"Layer {context.index}: {error}") from error
         with torch.no_grad():
@@ -187,10 +193,10 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
     return polished
 
 
-def importance_of_gate(problem: LayerProblem, rotation: Rotation | None, settings: PruneConfig) -> Tensor:
-    """Importance of gate_proj's weights, (m, d), in the dense basis or in that of the rotation: for the plots."""
-    W = problem.weights["gate"]
-    return importance(W, problem.hessians.get("mlp"), None if rotation is None else rotation.R1.to(W), settings)
+def importances_of_gate(problem: LayerProblem, rotation: Rotation, settings: PruneConfig) -> tuple[Tensor, Tensor]:
+    """Importance of gate_proj's weights, (m, d) on the CPU, in the dense basis and in that of the rotation."""
+    W, H = problem.weights["gate"], problem.hessians.get("mlp")
+    return importance(W, H, None, settings).cpu(), importance(W, H, rotation.R1.to(W), settings).cpu()
 
 
 @torch.no_grad()
@@ -214,26 +220,39 @@ def prune_linears(
     results: dict[str, LinearResult] = {}
     raised: dict[str, float] = {}
     for inputs, names in context.spec.inputs.items():
-        H = known if known is not None and inputs == "attention" else context.collect((inputs,), R1)[inputs]
+        if known is not None and inputs == "attention":
+            H = known
+        else:  # once query, key and value are pruned, attention stays what it is
+            H = context.collect((inputs,), R1, keep_attention=inputs == "output")[inputs]
         with context.watch.measure("prune"):
             for name in names:
-                module = linear(context.layer, name)
-                W = module.weight.to(torch.float32, copy=True)
-                if pruner.name != "none":
-                    try:
-                        weight, damping = prune_weight(W, H, sparsity, pruner, context.stream.world)
-                    except RuntimeError as failure:
-                        raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
-                    module.weight.copy_(weight)
-                    if damping > pruner.damping:
-                        raised[name] = damping
-                before, after = W, module.weight.float()
-                if R2 is not None and name == context.spec.value:
-                    undo = torch.linalg.inv(R2).to(W)
-                    before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
-                error = relative_error(before, after, H)
-                results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error))
+                results[name], damping = prune_linear(context, name, H, pruner, sparsity, R2)
+                if damping > pruner.damping:
+                    raised[name] = damping
     return results, raised
+
+
+def prune_linear(
+    context: LayerContext, name: str, H: Tensor, pruner: PrunerConfig, sparsity: SparsityConfig, R2: Tensor | None
+) -> tuple[LinearResult, float]:
+    """Prune one of the layer's linears in place; H: (d_in, d_in) of its inputs. Returns its result and the damping."""
+    module, damping = linear(context.layer, name), 0.0
+    W = module.weight.to(torch.float32, copy=True)
+    if pruner.name != "none":
+        try:
+            weight, damping = prune_weight(W, H, sparsity, pruner, context.stream.world)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
+        module.weight.copy_(weight)
+        del weight
+    before, after = W, module.weight.float()
+    if R2 is not None and name == context.spec.value:
+        undo = torch.linalg.inv(R2).to(W)
+        before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
+    error = relative_error(before, after, H)
+    return LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error)), damping
 
 
 def prune_weight(
@@ -247,8 +266,7 @@ def prune_weight(
     Returns: the weight, +0.0 where removed, the same in every process; the damping that was used.
     """
     rows = W[world.part(len(W))] if sparsity.is_grouped else W
-    pruned = PRUNERS[pruner.name](rows, H, sparsity, pruner)
-    weight = pruned.weight
+    weight, mask, damping = PRUNERS[pruner.name](rows, H, sparsity, pruner)
     if pruner.solve_steps:
-        weight = solve_on_mask(rows, weight, pruned.mask, H, damping=pruner.damping, steps=pruner.solve_steps)
-    return world.gather_rows(weight, len(W)) if sparsity.is_grouped else weight, pruned.damping
+        weight = solve_on_mask(rows, weight, mask, H, damping=pruner.damping, steps=pruner.solve_steps)
+    return world.gather_rows(weight, len(W)) if sparsity.is_grouped else weight, damping

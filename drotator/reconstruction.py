@@ -106,7 +106,8 @@ def batch_error(
     layer: nn.Module, stream: ActivationStream, index: int, R1: Tensor | None, batch: int, weights: dict[str, Tensor]
 ) -> Tensor:
     """Relative error of the layer's output on one batch, (), float32; `weights` stand in for the layer's own."""
-    hidden, target = (rotated(part[batch].to(stream.device), R1) for part in (stream.hidden, stream.dense))
+    assert stream.dense is not None
+    hidden, target = (rotated(part[batch], R1) for part in (stream.hidden, stream.dense))
     output = hidden_states(functional_call(layer, weights, (hidden,), stream.arguments(hidden, index)))
     error = (output.float() - target.float()).square().sum(-1)
     return (error / target.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()

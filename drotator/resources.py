@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -63,6 +64,39 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
         raise ValueError(
             f"{folder}: the run needs about {needed_bytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free."
         )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that can still be taken: of the GPU, or of the machine within the job's control group."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_available_memory(), _left_to_the_job())
+
+
+def _available_memory() -> int:
+    """What the system can give without swapping, caches of files counted in; all there is where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_to_the_job(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What the limits of the control groups (version 2) leave, as SLURM and containers set them."""
+    left = sys.maxsize
+    try:
+        path = next(line[4:] for line in own.read_text().splitlines() if line.startswith("0::/"))
+        for folder in (root / path, *(root / path).parents):
+            if not (folder / "memory.max").is_file() or (limit := (folder / "memory.max").read_text().strip()) == "max":
+                continue
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(stat["file"])
+            left = min(left, int(limit) - used)
+    except (OSError, StopIteration, KeyError, ValueError):
+        pass
+    return left
 
 
 def reset_peak_memory(device: torch.device) -> None:

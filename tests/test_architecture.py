@@ -200,7 +200,8 @@ def test_the_skeleton_holds_no_weights_also_after_a_layer_and_the_embeddings_wer
 ) -> None:
     source = tiny_source(tmp_path, family)
     source.layer(0)
-    hidden, calls = embed(source, some_tokens(3), 2, torch.device("cpu"))
+    hidden: list[torch.Tensor] = []
+    calls = embed(source, some_tokens(3).split(2), torch.device("cpu"), hidden.append)
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
     assert torch.equal(torch.cat(hidden), source.tensor("model.embed_tokens.weight")[some_tokens(3)])
     assert [len(batch) for batch in hidden] == [2, 1]

@@ -29,7 +29,7 @@ from drotator.statistics import ActivationStream, white_noise
 SPLIT = {"num_samples": 7, "batch_size": 4}  # batches of 4 and 3: of either, two and three processes have unequal parts
 CASES = {
     "sparsegpt": {"calibration": SPLIT},
-    "wanda": {"calibration": SPLIT, "pruner": "wanda", "sparsity": {"ratio": 0.5}},
+    "wanda": {"calibration": SPLIT, "pruner": "wanda", "sparsity": {"ratio": 0.5}, "offload": "disk"},
     "shared": {"calibration": SPLIT, "rotation": "shared"},
     "idle": {"reconstruct": {"name": "block", "epochs": 3}},  # batches of 2 and 1: of three, the first has no window
 }
@@ -174,7 +174,7 @@ def test_every_window_is_one_process_own_and_so_is_its_noise(tmp_path: Path) -> 
     whole = ActivationStream.start(source, windows, 4, cpu)
     noise = list(white_noise(whole, 0))
     for size in (1, 2, 3, 5, 9):
-        streams = [ActivationStream.start(source, windows, 4, cpu, World(rank, size)) for rank in range(size)]
+        streams = [ActivationStream.start(source, windows, 4, cpu, world=World(rank, size)) for rank in range(size)]
         noises = [dict(zip([p.index for p in s.parts], white_noise(s, 0), strict=True)) for s in streams]
         for batch in (0, 1):
             having = [(s, position) for s in streams if (position := s.position(batch)) is not None]

@@ -203,7 +203,7 @@ def test_merging_random_rotations_leaves_the_real_model_as_it_was(real, tmp_path
     windows = torch.randint(0, source.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
     device = torch.device("cpu")
     run = RunFolder.open(tmp_path / "run", {})
-    rotate_randomly(SimpleNamespace(seed=0), Job(source, None, windows, device, {}, {}), run)
+    rotate_randomly(SimpleNamespace(seed=0), Job(source, None, windows, device, {}, {}, None), run)
     export_checkpoint(RotationConfig(), run, source, {})
     dense, merged = (logits(folder, windows, torch.float32, device) for folder in (source.folder, run.checkpoint))
     assert 0 < (merged - dense).abs().max() < 1e-3 * dense.abs().max()

@@ -277,7 +277,7 @@ def output_errors(given: PruneConfig, run: RunFolder) -> dict[str, list[float]]:
         R1 = run.load_rotation(index).rotation.polished().R1 if given.rotation.name != "none" else None
         pruned.advance(layer, index, R1)
         for target, stream in (("model", dense), ("layer", alone)):
-            y, wanted = (torch.cat(each.hidden).double() for each in (pruned, stream))
+            y, wanted = (torch.cat(list(each.hidden)).double() for each in (pruned, stream))
             errors[target].append(float(((y - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()))
     return errors
 

@@ -28,7 +28,7 @@ from drotator.pruners import PRUNERS
 from drotator.pruning import (
     DenseLayer,
     LayerContext,
-    importance_of_gate,
+    importances_of_gate,
     learn_layer,
     learn_rotation,
     merge,
@@ -424,8 +424,8 @@ def test_the_importance_of_the_gate_is_that_of_its_rotated_weight(pruner: str, t
     context = context_of(source)
     dense = open_layer(context, chosen)
     rotation = Rotation.random(source.sizes, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
-    for at in (None, rotation):
-        R = torch.eye(32).double() if at is None else at.R1.double()
+    found = importances_of_gate(dense.problem, rotation, chosen)
+    for R, drawn in zip((torch.eye(32).double(), rotation.R1.double()), found, strict=True):
         W = dense.weights[source.spec.gate].double() @ R
         H = moments(context_of(source), source.spec.gate)
         gain = source.layer(0).get_submodule(source.spec.mlp_norm).get_parameter("weight").double()
@@ -437,8 +437,7 @@ def test_the_importance_of_the_gate_is_that_of_its_rotated_weight(pruner: str, t
             "sparsegpt": 1 / torch.linalg.inv(damped).diagonal(),
             "admm": 1 / torch.linalg.inv(damped).diagonal(),
         }[pruner]
-        found = importance_of_gate(dense.problem, at, chosen)
-        torch.testing.assert_close(found.double(), W**2 * energy, rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(drawn.double(), W**2 * energy, rtol=2e-3, atol=1e-4)
 
 
 def permuted(chosen: PruneConfig, permute: str) -> PruneConfig:

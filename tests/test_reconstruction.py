@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drotator import reconstruction
 from drotator.architecture import ModelSource, hidden_states, linear
 from drotator.config import ReconstructConfig
+from drotator.offload import Batches
 from drotator.reconstruction import reconstruct_layer, schedule
 from drotator.rotation import Rotation, fold_norms, merge_rotation
 from drotator.statistics import ActivationStream
@@ -67,7 +68,7 @@ def tune(
 def error_by_hand(layer: nn.Module, stream: ActivationStream, R1: Tensor | None = None) -> float:
     """Mean of |y - target|^2 / |target|^2 over all tokens at once, float64, in the basis of the dense model."""
     outputs = [hidden_states(layer(hidden, **kwargs)).double() for hidden, kwargs in stream.batches(INDEX, R1)]
-    y, target = torch.cat(outputs), torch.cat(stream.dense).double()
+    y, target = torch.cat(outputs), torch.cat(list(stream.dense)).double()
     if R1 is not None:
         y = y @ R1.double().mT
     return float(((y - target).square().sum(-1) / target.square().sum(-1)).mean())
@@ -275,7 +276,7 @@ def test_more_epochs_and_a_target_of_its_own_decide_the_result(tmp_path: Path) -
         errors.append(tune(layer, source, stream, epochs=epochs)[1])
     assert errors[1] < 0.9 * errors[0]
     layer, stream = pruned_layer(source)
-    stream.dense = [target + 1 for target in stream.dense]
+    stream.dense = Batches(CPU, batches=[target + 1 for target in stream.dense])
     before, after = tune(layer, source, stream)
     assert before == pytest.approx(error_by_hand(pruned_layer(source)[0], stream), rel=1e-5)
     assert after == pytest.approx(error_by_hand(layer, stream), rel=1e-5)
@@ -290,7 +291,7 @@ def test_every_token_counts_by_its_relative_error(tmp_path: Path) -> None:
         tune(layer, source, stream)
         outputs = [hidden_states(layer(hidden, **kwargs)).detach() for hidden, kwargs in stream.batches(INDEX, None)]
         rest = slice(1, None)
-        y, target = (torch.cat(part)[rest].double() for part in (outputs, stream.dense))
+        y, target = (torch.cat(list(part))[rest].double() for part in (outputs, stream.dense))
         found.append(float(((y - target).square().sum(-1) / target.square().sum(-1)).mean()))
     assert found[1] == pytest.approx(found[0], rel=0.1)  # all others are tuned as well as without it
 

@@ -11,9 +11,19 @@ import torch
 from tiny_models import families, some_tokens, tiny_model, tiny_source
 from torch import Tensor
 
+from drotator import statistics
 from drotator.architecture import ModelSource, hidden_states, linear
+from drotator.offload import Batches
 from drotator.rotation import Rotation, fold_norms, merge_rotation
-from drotator.statistics import SENSITIVITY_BATCHES, ActivationStream, collect_hessians, collect_sensitivities
+from drotator.statistics import (
+    SENSITIVITY_BATCHES,
+    ActivationStream,
+    add_moments,
+    collect_hessians,
+    collect_sensitivities,
+    mirror,
+    product,
+)
 
 CPU = torch.device("cpu")
 SLIDING: dict[str, dict[str, Any]] = {
@@ -71,7 +81,7 @@ def test_moments_and_hidden_states_are_those_of_the_whole_model(
             assert_close(H, expected[index][inputs])
         stream.advance(layer, index, None)
     with torch.no_grad():
-        logits = model.lm_head(model.model.norm(torch.cat(stream.hidden)))
+        logits = model.lm_head(model.model.norm(torch.cat(list(stream.hidden))))
         torch.testing.assert_close(logits, model(windows).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -133,8 +143,52 @@ def test_moments_are_float32_sums_of_a_bfloat16_layers_inputs(tmp_path: Path) ->
     layer = source.layer(0)
     H = collect_hessians(layer, source.spec, stream, 0, ("attention",))["attention"]
     with torch.no_grad():
-        x = layer.get_submodule(source.spec.attention_norm)(torch.cat(stream.hidden)).flatten(0, 1).double()
+        x = layer.get_submodule(source.spec.attention_norm)(torch.cat(list(stream.hidden))).flatten(0, 1).double()
     assert_close(H, 2 / len(x) * x.T @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moments_of_any_dtype_have_float32_products_and_sums(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "MOMENT_ROWS", 24)
+    monkeypatch.setattr(statistics, "MOMENT_TOKENS", 300)
+    x = (torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) + 1).to(device, dtype)
+    H = torch.zeros(64, 64, device=device)
+    for part in x.split(900):
+        add_moments(H, part)
+    mirror(H)
+    exact = x.double().T @ x.double()
+    assert ((H - exact).abs() <= 1e-6 * exact.diagonal().max()).all()  # 16-bit products would be off by 1e-3
+    assert product(x[None], x[None]).dtype is torch.float32
+    torch.testing.assert_close(product(x[None], x[None])[0].double(), exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
+
+
+@by_model
+def test_attention_that_is_kept_is_not_run_again_and_nothing_changes(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, family, torch.bfloat16, **changes)
+    R1 = Rotation.random(source.sizes, torch.Generator().manual_seed(0)).R1
+    found = []
+    for keep in (False, True):
+        layer, spec = source.layer(1), source.spec
+        runs: list[str] = []
+        linear(layer, spec.key).register_forward_pre_hook(lambda _, __, runs=runs: runs.append(""))
+        stream = ActivationStream.start(source, some_tokens(5, 11), 2, CPU)
+        results = collect_hessians(layer, spec, stream, 1, ("output",), R1, keep_attention=keep)
+        for inputs in ("mlp", "down"):  # what is pruned next is seen by what comes after it
+            linear(layer, spec.inputs["output" if inputs == "mlp" else inputs][0]).weight.mul_(0.5)
+            results |= collect_hessians(layer, spec, stream, 1, (inputs,), R1)
+        stream.advance(layer, 1, R1)
+        assert len(runs) == (3 if keep else 4 * 3)
+        results |= {str(position): hidden for position, hidden in enumerate(stream.hidden)}
+        stream.advance(layer, 1, R1)  # of other inputs it is another one
+        assert len(runs) == (3 + 3 if keep else 5 * 3)
+        found.append(results)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_an_output_that_is_not_finite_names_its_layer(tmp_path: Path) -> None:
@@ -208,9 +262,9 @@ def test_a_fork_leaves_the_stream_where_it_is(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama")
     stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
     before = [hidden.clone() for hidden in stream.hidden]
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     ahead = stream.fork()
-    assert ahead.dense == []  # a look ahead needs no targets, and must not hold on to them
+    assert ahead.dense is None  # a look ahead needs no targets, and must not hold on to them
     ahead.advance(source.layer(0), 0, None)
     assert all(torch.equal(hidden, old) for hidden, old in zip(stream.hidden, before, strict=True))
     stream.advance(source.layer(0), 0, None)
@@ -221,7 +275,7 @@ def test_the_dense_stream_is_what_the_dense_layers_make_of_its_inputs(tmp_path: 
     source = tiny_source(tmp_path, "llama")
     stream = ActivationStream.start(source, some_tokens(3, 8), 2, CPU)
     expected = stream.fork()
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     for index in range(2):
         stream.advance_dense(source.layer(index), index, stream.dense)
         expected.advance(source.layer(index), index, None)
@@ -237,7 +291,7 @@ def outputs_of(layer: Any, stream: ActivationStream, index: int) -> list[Tensor]
 def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "qwen2", **SLIDING["qwen2"])
     stream, model = ActivationStream.start(source, some_tokens(3, 11), 2, CPU), tiny_model("qwen2", **SLIDING["qwen2"])
-    stream.dense = list(stream.hidden)
+    stream.dense = stream.hidden.copy()
     states: list[Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, __, output: states.append(hidden_states(output)))
@@ -246,10 +300,10 @@ def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) ->
     for index in range(source.num_layers):
         inputs = [hidden.clone() for hidden in stream.hidden]
         stream.advance_dense(source.layer(index), index, stream.dense)
-        torch.testing.assert_close(torch.cat(stream.dense), states[index], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(list(stream.dense)), states[index], rtol=1e-4, atol=1e-4)
         assert all(torch.equal(*pair) for pair in zip(stream.hidden, inputs, strict=True))
     # Of the inputs of a pruned model it is the dense layer's output on them.
-    other = [hidden + 1 for hidden in stream.hidden]
+    other = Batches(CPU, batches=[hidden + 1 for hidden in stream.hidden])
     stream.advance_dense(source.layer(1), 1, other)
     expected = outputs_of(source.layer(1), ActivationStream(other, stream.calls, CPU), 1)
     assert all(torch.equal(*pair) for pair in zip(stream.dense, expected, strict=True))

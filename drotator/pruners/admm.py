@@ -21,7 +21,7 @@ from torch import Tensor
 from drotator.config import PrunerConfig, SparsityConfig
 from drotator.pruners.masks import PrunedLinear, grouped_mask, matrix_mask, num_removed, require_finite, validate
 from drotator.pruners.solve import solve_on_mask
-from drotator.pruners.sparsegpt import inverse_factor
+from drotator.pruners.sparsegpt import inverse_factor, invert_lower
 
 FIRST_PENALTY, LAST_PENALTY = 1.0, 3.0
 STAGES = 5
@@ -50,6 +50,7 @@ def prune_admm(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerC
     U, damping = inverse_factor(H, settings.damping)
     dead = H.diagonal() == 0
     scale = U.square().sum(dim=0).rsqrt()
+    del U
     G = H.clone()
     G.diagonal().add_(damping * H.diagonal().mean() + dead)
     G.div_(torch.outer(scale, scale))
@@ -105,9 +106,11 @@ def proximal(G: Tensor, rho: float) -> Tensor:
     """
     shifted = G.to(torch.float64, copy=True)
     shifted.diagonal().add_(rho)
-    identity = torch.eye(len(G), dtype=torch.float64, device=G.device)
-    factor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(shifted).L, identity, upper=False).to(G.dtype)
-    return rho * (factor.T @ factor)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    del shifted
+    invert_lower(factor)
+    factor = factor.to(G.dtype)
+    return (factor.T @ factor).mul_(rho)
 
 
 def keep_largest(T: Tensor, sparsity: SparsityConfig) -> Tensor:

@@ -1,0 +1,169 @@
+"""How much memory a run takes, told and weighed against what there is before it starts.
+
+d = hidden_size, m = intermediate_size, o = num_attention_heads h. All numbers are bytes. What each stage of a layer
+holds was counted from the tensors that live in it; tests/test_memory.py counts them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from drotator.architecture import LAYERS, LayerSizes, ModelSource
+from drotator.config import PruneConfig
+from drotator.distributed import ALONE, World
+from drotator.offload import LEVELS
+from drotator.resources import free_memory
+from drotator.statistics import MOMENT_ROWS
+
+MARGIN = 1.05
+WORKSPACE = 500_000_000
+"""What the libraries of a GPU take beside tensors, and the process beside them on the host."""
+LEARNING = 6.2
+"""Tensors of the objective and its gradient, in float32 copies of the layer's weights."""
+PRUNING = {"magnitude": (1, 5), "wanda": (1, 5), "sparsegpt": (3, 5), "admm": (7, 9), "none": (1, 5)}
+"""Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too."""
+SOLVING = (2, 12)
+"""The same of `solve_on_mask`."""
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """stages: what a layer takes on the device in each of its stages, beside the activations. activations: of the whole
+    calibration set. reading: what a layer takes in host memory on its way from and to the disk.
+    """
+
+    stages: dict[str, int]
+    activations: int
+    reading: int
+
+    @property
+    def layer(self) -> int:
+        return max(self.stages.values())
+
+    @property
+    def largest_stage(self) -> str:
+        return max(self.stages, key=lambda stage: self.stages[stage])
+
+
+def memory_needs(
+    settings: PruneConfig, sizes: LayerSizes, *, layer_parameters: int, vocab_size: int, itemsize: int
+) -> MemoryNeeds:
+    """Estimate what the run takes, by the model's shape and the settings alone.
+
+    Args:
+        itemsize: bytes of a weight as it is stored.
+    """
+    d, m, o = sizes.hidden_size, sizes.intermediate_size, sizes.input_size("output")
+    calibration, is_rotated = settings.calibration, settings.rotation.name != "none"
+    weights, copies = layer_parameters * itemsize, 4 * layer_parameters
+    squares = 4 * (2 * d * d + o * o + m * m)
+    largest = max(d, o, m)
+    tokens = min(calibration.batch_size, calibration.num_samples) * calibration.seqlen
+    forward = tokens * itemsize * (3 * m + 4 * d + 2 * o) + 4 * min(MOMENT_ROWS, largest) * largest
+    graph = itemsize * (12 * m + 16 * d + 4 * o)  # of one token
+    stages = {
+        "embeddings": itemsize * (vocab_size * d + tokens * 2 * d),
+        "statistics": weights + 4 * largest**2 + forward,
+    }
+    for squares_of_pruner, linears in (PRUNING[settings.pruner.name], SOLVING)[: 1 + bool(settings.pruner.solve_steps)]:
+        held = weights + 4 * (d * d + squares_of_pruner * largest**2 + linears * m * d)
+        stages["pruning"] = max(held, stages.get("pruning", 0))
+    if is_rotated:
+        dense = weights + copies + squares
+        stages["statistics"] = dense + max(forward, calibration.seqlen * graph)
+        stages["learning"] = dense + round(LEARNING * copies)
+        stages["merging"] = dense + 8 * (3 * m * d + 4 * d * d)
+    if settings.reconstruct.name != "none":
+        stages["reconstruction"] = 2 * weights + 6 * copies + tokens * graph
+    streams = [d, o]  # hidden states and what attention made of them
+    streams += [d] * (settings.reconstruct.name != "none")
+    streams += [d] * (settings.rotation.name == "shared")  # which looks ahead
+    return MemoryNeeds(
+        stages={stage: round(MARGIN * value) + WORKSPACE for stage, value in stages.items()},
+        activations=calibration.num_samples * calibration.seqlen * itemsize * sum(streams),
+        reading=2 * weights + WORKSPACE,
+    )
+
+
+def choose_level(needs: MemoryNeeds, free_device: int, free_host: int, *, is_shared: bool) -> str:
+    """The first of LEVELS that fits; the last where none does.
+
+    Args:
+        is_shared: the device is the CPU, whose memory is the host's.
+    """
+    if is_shared:
+        return "device" if needs.layer + needs.activations + needs.reading <= free_host else "disk"
+    if needs.layer + needs.activations <= free_device:
+        return "device"
+    return level_off_device(needs, free_host)
+
+
+def level_off_device(needs: MemoryNeeds, free_host: int) -> str:
+    return "host" if needs.activations + needs.reading <= free_host else "disk"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs, what was free before it, and where its activations are kept at first, one of LEVELS."""
+
+    needs: MemoryNeeds
+    free_device: int
+    free_host: int
+    level: str
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The level, then where the activations go if the device is full; it holds none with host or disk."""
+        return ("device", level_off_device(self.needs, self.free_host)) if self.level == "device" else (self.level,)
+
+    def __str__(self) -> str:
+        needs = self.needs
+        return (
+            f"a layer takes {gigabytes(needs.layer)} of the device ({needs.largest_stage}) and the calibration set's "
+            f"activations {gigabytes(needs.activations)}; free are {gigabytes(self.free_device)} of the device and "
+            f"{gigabytes(self.free_host)} of host memory"
+        )
+
+
+def plan_memory(settings: PruneConfig, source: ModelSource, device: torch.device, world: World = ALONE) -> MemoryPlan:
+    """Weigh what the run needs against what is free now.
+
+    Of several processes each keeps its part of the activations, and has its part of the machine's memory; where one of
+    them has no room, all keep theirs farther from the device.
+    """
+    layer = source.skeleton.get_submodule(f"{LAYERS}.0")
+    needs = memory_needs(
+        settings,
+        source.sizes,
+        layer_parameters=sum(tensor.numel() for tensor in layer.state_dict().values()),
+        vocab_size=source.config.vocab_size,
+        itemsize=source.dtype.itemsize,
+    )
+    needs = dataclasses.replace(needs, activations=-(-needs.activations // world.size))
+    neighbours = world.gather(platform.node()).count(platform.node())
+    free_device, free_host = free_memory(device), free_memory(torch.device("cpu")) // neighbours
+    level = settings.offload
+    if level == "auto":
+        level = choose_level(needs, free_device, free_host, is_shared=device.type == "cpu")
+    return MemoryPlan(needs, free_device, free_host, max(world.gather(level), key=LEVELS.index))
+
+
+def check_evaluation(model_bytes: int, free_device: int, free_host: int) -> None:
+    """Refuse an evaluation that cannot be: the whole model is read to host memory, and goes to the device from there.
+
+    Raises: ValueError that says what to set.
+    """
+    for where, free in (("device", free_device), ("host", free_host)):
+        if model_bytes > free:
+            raise ValueError(
+                f"the model takes {gigabytes(model_bytes)}, but {gigabytes(free)} of {where} memory are free, and an "
+                f"evaluation holds all of it. Set eval=none; drotator eval measures the checkpoint on a larger machine."
+            )
+
+
+def gigabytes(value: int) -> str:
+    return f"{value / 1e9:.1f} GB"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from drotator import evaluation
 from drotator.artifacts import versions
-from drotator.checkpoint import read_metadata
+from drotator.checkpoint import read_metadata, weight_files
 from drotator.config import EvalCommandConfig, ExportConfig
 from drotator.console import console
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.folders import write_text
+from drotator.memory import check_evaluation
 from drotator.resources import choose_device
 from drotator.results import first_value
 from drotator.sparse24 import export_sparse24
@@ -32,6 +33,8 @@ def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
     folder = resolve_model(settings.model.path, settings.model.revision)
     tokenizer = load_tokenizer(folder)
     evaluation.prepare(settings.eval, tokenizer)
+    if settings.eval.perplexity or settings.eval.tasks:
+        check_evaluation(sum(file.stat().st_size for file in weight_files(folder)), device)
     metrics = evaluation.evaluate_checkpoint(
         folder, tokenizer, settings.eval, seed=settings.seed, device=device, dtype=settings.model.dtype
     )

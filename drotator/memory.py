@@ -7,6 +7,7 @@ holds was counted from the tensors that live in it; tests/test_memory.py counts 
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from dataclasses import dataclass
 
@@ -32,12 +33,16 @@ SOLVING = (2, 12)
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """stages: what a layer takes on the device in each of its stages, beside the activations. activations: of the whole
-    calibration set. reading: what a layer takes in host memory on its way from and to the disk.
+    """What a run takes.
+
+    stages: of the device, a layer in each of its stages, beside the activations. activations: the whole calibration
+    set's. pinned: the same in pinned host memory, where each batch takes a power of two. reading: of host memory, a
+    layer on its way from and to the disk.
     """
 
     stages: dict[str, int]
     activations: int
+    pinned: int
     reading: int
 
     @property
@@ -70,7 +75,7 @@ def memory_needs(
         "statistics": weights + 4 * largest**2 + forward,
     }
     for squares_of_pruner, linears in (PRUNING[settings.pruner.name], SOLVING)[: 1 + bool(settings.pruner.solve_steps)]:
-        held = weights + 4 * (d * d + squares_of_pruner * largest**2 + linears * m * d)
+        held = weights + 4 * (3 * d * d + squares_of_pruner * largest**2 + linears * m * d)
         stages["pruning"] = max(held, stages.get("pruning", 0))
     if is_rotated:
         dense = weights + copies + squares
@@ -85,6 +90,8 @@ def memory_needs(
     return MemoryNeeds(
         stages={stage: round(MARGIN * value) + WORKSPACE for stage, value in stages.items()},
         activations=calibration.num_samples * calibration.seqlen * itemsize * sum(streams),
+        pinned=math.ceil(calibration.num_samples / calibration.batch_size)
+        * sum(1 << (tokens * itemsize * width - 1).bit_length() for width in streams),
         reading=2 * weights + WORKSPACE,
     )
 
@@ -103,7 +110,7 @@ def choose_level(needs: MemoryNeeds, free_device: int, free_host: int, *, is_sha
 
 
 def level_off_device(needs: MemoryNeeds, free_host: int) -> str:
-    return "host" if needs.activations + needs.reading <= free_host else "disk"
+    return "host" if needs.pinned + needs.reading <= free_host else "disk"
 
 
 @dataclass(frozen=True)
@@ -152,16 +159,16 @@ def plan_memory(settings: PruneConfig, source: ModelSource, device: torch.device
     return MemoryPlan(needs, free_device, free_host, max(world.gather(level), key=LEVELS.index))
 
 
-def check_evaluation(model_bytes: int, free_device: int, free_host: int) -> None:
+def check_evaluation(model_bytes: int, device: torch.device) -> None:
     """Refuse an evaluation that cannot be: the whole model is read to host memory, and goes to the device from there.
 
     Raises: ValueError that says what to set.
     """
-    for where, free in (("device", free_device), ("host", free_host)):
-        if model_bytes > free:
+    for place in (device, torch.device("cpu")):
+        if model_bytes > (free := free_memory(place)):
             raise ValueError(
-                f"the model takes {gigabytes(model_bytes)}, but {gigabytes(free)} of {where} memory are free, and an "
-                f"evaluation holds all of it. Set eval=none; drotator eval measures the checkpoint on a larger machine."
+                f"an evaluation holds the whole model, {gigabytes(model_bytes)}, but {gigabytes(free)} of the memory "
+                f"of {place} are free. Prune with eval=none and measure with drotator eval on a larger machine."
             )
 
 

@@ -131,7 +131,7 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
         written += sum(world.gather(memory.needs.activations)) if memory.level == "disk" else 0
         world.share(lambda: check_disk_space(run.path, written))
         if world.is_first and (settings.eval.perplexity or settings.eval.tasks):
-            check_evaluation(model_bytes(source, settings.rotation), memory.free_device, memory.free_host)
+            check_evaluation(model_bytes(source, settings.rotation), device)
         tokenizer = load_tokenizer(source.folder)
         windows = world.share(lambda: calibration.calibration_windows(settings.calibration, tokenizer))
     with watch.measure("evaluate"):
@@ -282,6 +282,7 @@ def prune_layers_with(offload: Offload, settings: PruneConfig, job: Job, run: Ru
                 if before is not None:
                     with watch.measure("calibrate"):
                         stream.advance(before[0], index - 1, before[1])
+                    before = None  # the next layer takes its place on the device
                 if index == group[0] and len(group) > 1 and not run.has_rotations(group):
                     learn_shared_rotation(group, stream, watch, settings, job, run)
                 context = open_context(index, stream, watch, job)
@@ -297,6 +298,7 @@ def prune_layers_with(offload: Offload, settings: PruneConfig, job: Job, run: Ru
                     R1, result = prune_layer(context, settings, run, is_alone=len(group) == 1)
                     run.save_layer(index, context.layer.state_dict(), result)
                 before = context.layer, R1
+                del context
                 for warning in result.warnings:
                     logger.warning("layer %d: %s", index, warning)
                 results.append(result)
@@ -331,6 +333,7 @@ def learn_shared_rotation(
             if index != group[-1]:
                 with watch.measure("calibrate"):
                     ahead.advance(dense.context.layer, index, None)
+            del dense  # before the next one fills the device
             advance("")
     logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
     with watch.measure("rotate"):

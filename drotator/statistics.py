@@ -22,7 +22,7 @@ from drotator.resources import float32_products
 SENSITIVITY_BATCHES = 2
 MOMENT_TOKENS = 4096
 """Tokens of one product: the tensor cores' sums stay short, and so does a float32 copy of them."""
-MOMENT_ROWS = 4096
+MOMENT_ROWS = 2048
 """Rows of H that one product of 16-bit inputs adds to."""
 
 
@@ -173,7 +173,7 @@ def add_moments(H: Tensor, x: Tensor) -> None:
         else:
             for start in range(0, len(H), MOMENT_ROWS):
                 rows = slice(start, start + MOMENT_ROWS)
-                H[rows, start:] += product(tokens[:, rows], tokens[:, start:])
+                H[rows, start:].add_(product(tokens[:, rows], tokens[:, start:]))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

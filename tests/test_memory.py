@@ -62,7 +62,7 @@ def test_a_layer_takes_what_is_estimated_and_little_less(
 ) -> None:
     monkeypatch.setattr(memory, "WORKSPACE", 0)
     stage, options = RUNS[run]
-    changes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 1}
+    changes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 2}
     source = tiny_source(tmp_path / "model", "llama", torch.bfloat16, **changes)
     given = settings(tmp_path, **options)
     plan = plan_memory(given, source, CPU)
@@ -89,10 +89,10 @@ LLAMA3 = {
 }
 
 
-def needs_of(size: str, **options: Any) -> MemoryNeeds:
+def needs_of(size: str, batch_size: int = 8, **options: Any) -> MemoryNeeds:
     sizes, layer_parameters = LLAMA3[size]
     given = settings(Path(), **options)
-    given.calibration = CalibrationConfig()
+    given.calibration = CalibrationConfig(batch_size=batch_size)
     return memory_needs(given, sizes, layer_parameters=layer_parameters, vocab_size=128_256, itemsize=2)
 
 
@@ -101,6 +101,8 @@ def test_the_activations_are_those_of_128_windows_of_2048_tokens() -> None:
     assert needs_of("8b").activations == tokens * 2 * hidden
     assert needs_of("8b", reconstruct="block").activations == tokens * 3 * hidden
     assert needs_of("8b", rotation="shared").activations == tokens * 3 * hidden
+    assert needs_of("8b").pinned == needs_of("8b").activations  # a batch is a power of two already
+    assert needs_of("8b", batch_size=6).pinned == 22 * 2 * 2**27
 
 
 def test_a_layer_of_70b_is_pruned_on_a_card_of_24_gb() -> None:
@@ -108,7 +110,7 @@ def test_a_layer_of_70b_is_pruned_on_a_card_of_24_gb() -> None:
         needs = needs_of("70b", rotation=rotation)
         stages = {stage: size for stage, size in needs.stages.items() if stage != "learning"}
         assert max(stages.values()) < 22 * GB
-        assert needs.activations + needs.reading < 24 * GB  # of the host's 64 GB
+        assert needs.pinned + needs.reading < 24 * GB  # of the host's 64 GB
     assert needs_of("70b", pruner="wanda", rotation="none").layer < needs_of("70b", rotation="none").layer
     assert needs_of("8b").layer < needs_of("70b").layer / 3
 
@@ -118,19 +120,19 @@ def test_a_layer_of_70b_is_pruned_on_a_card_of_24_gb() -> None:
     [(90, 60, "device"), (60, 60, "device"), (59, 60, "host"), (24, 21, "host"), (24, 20, "disk")],
 )
 def test_the_first_level_that_fits_is_chosen(device: int, host: int, level: str) -> None:
-    needs = MemoryNeeds(stages={"statistics": 10, "pruning": 42}, activations=18, reading=3)
+    needs = MemoryNeeds(stages={"statistics": 10, "pruning": 42}, activations=18, pinned=18, reading=3)
     assert (needs.layer, needs.largest_stage) == (42, "pruning")
     assert choose_level(needs, device, host, is_shared=False) == level
 
 
 def test_the_host_as_the_device_has_to_hold_everything() -> None:
-    needs = MemoryNeeds(stages={"pruning": 42}, activations=18, reading=3)
+    needs = MemoryNeeds(stages={"pruning": 42}, activations=18, pinned=18, reading=3)
     assert choose_level(needs, 63, 63, is_shared=True) == "device"
     assert choose_level(needs, 62, 62, is_shared=True) == "disk"
 
 
 def test_a_plan_names_what_it_takes_and_where_to_go_when_the_device_is_full() -> None:
-    needs = MemoryNeeds(stages={"pruning": 16 * GB}, activations=8 * GB, reading=3 * GB)
+    needs = MemoryNeeds(stages={"pruning": 16 * GB}, activations=8 * GB, pinned=9 * GB, reading=3 * GB)
     plan = MemoryPlan(needs, free_device=24 * GB, free_host=64 * GB, level="device")
     assert plan.levels == ("device", "host")
     assert dataclasses.replace(plan, free_host=GB).levels == ("device", "disk")
@@ -146,8 +148,12 @@ def test_a_level_that_was_asked_for_is_taken(tmp_path: Path) -> None:
         assert plan_memory(settings(tmp_path, offload=level), source, CPU).level == level
 
 
-@pytest.mark.parametrize(("device", "host"), [(100, 10), (10, 100)])
-def test_an_evaluation_that_does_not_fit_is_refused_with_what_to_set(device: int, host: int) -> None:
-    check_evaluation(50 * GB, 100 * GB, 100 * GB)
-    with pytest.raises(ValueError, match=r"takes 50.0 GB, but 10.0 GB of (device|host) .* Set eval=none"):
-        check_evaluation(50 * GB, device * GB, host * GB)
+@pytest.mark.parametrize(("device", "host", "named"), [(100, 10, "cpu"), (10, 100, "cuda:1")])
+def test_an_evaluation_that_does_not_fit_is_refused_with_what_to_set(
+    device: int, host: int, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cuda": device * GB, "cpu": host * GB}
+    monkeypatch.setattr(memory, "free_memory", lambda place: free[place.type])
+    check_evaluation(10 * GB, torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=f"model, 50.0 GB, but 10.0 GB of the memory of {named} .* eval=none"):
+        check_evaluation(50 * GB, torch.device("cuda:1"))

@@ -162,7 +162,7 @@ def test_the_memory_is_told_and_an_evaluation_that_cannot_be_is_refused_before_t
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr("drotator.memory.free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="Set eval=none"):
+    with pytest.raises(ValueError, match="Prune with eval=none"):
         run_prune(settings(inputs), tmp_path / "run", baseline=False)
     (line,) = (record.message for record in caplog.records if record.message.startswith("memory: "))
     assert "activations on disk (offload=auto)" in line

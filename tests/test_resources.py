@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -10,7 +12,14 @@ import pytest
 import torch
 
 from drotator import resources
-from drotator.resources import Stopwatch, check_disk_space, choose_device, peak_memory, reset_peak_memory
+from drotator.resources import (
+    Stopwatch,
+    check_disk_space,
+    choose_device,
+    free_memory,
+    peak_memory,
+    reset_peak_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -52,6 +61,26 @@ def test_a_disk_with_too_little_room_is_refused_with_both_sizes(
     with pytest.raises(ValueError, match=r"needs about 3\.1 GB, but its disk has 3\.0 GB free") as refusal:
         check_disk_space(tmp_path, 3_100_000_000)
     assert str(tmp_path) in str(refusal.value)
+
+
+def test_what_is_free_is_a_part_of_the_machines_memory() -> None:
+    block = torch.ones(2**26)  # 256 MiB, so that it is no rounding
+    free = free_memory(CPU)
+    assert 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - block.nbytes
+
+
+def test_the_tightest_control_group_counts_and_caches_of_files_do_not(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("4:memory:/elsewhere\n0::/job/step\n")
+    for name, limit in (("", "max"), ("job", "1000"), ("job/step", "5000")):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("700\n")
+        (folder / "memory.stat").write_text("anon 500\nfile 200\n")
+    assert resources._left_to_the_job(tmp_path, own) == 1000 - (700 - 200)
+    own.write_text("4:memory:/elsewhere\n")
+    assert resources._left_to_the_job(tmp_path, own) == sys.maxsize
 
 
 def test_the_hosts_peak_covers_what_was_allocated() -> None:

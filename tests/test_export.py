@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from tiny_runs import TOKENS
 from tiny_text import byte_tokenizer, tiny_llama
 
+from drotator import export
 from drotator.architecture import ModelSource
 from drotator.artifacts import RunFolder
 from drotator.checkpoint import load_checkpoint
@@ -89,7 +90,9 @@ def test_every_tensor_is_named_once_and_in_the_dtype_of_the_model(tmp_path, run,
     assert {tensor.dtype for _, tensor in tensors} == {torch.bfloat16}
 
 
-def test_products_are_rounded_once(tmp_path, run):
+@pytest.mark.parametrize("rows", [16384, 30])
+def test_products_are_rounded_once(tmp_path, run, monkeypatch, rows):
+    monkeypatch.setattr(export, "ROWS", rows)
     source = make_source(tmp_path / "model", tied=True, dtype=torch.bfloat16)
     fill(run, source, "per_layer")
     export_checkpoint(RotationConfig(), run, source, {})

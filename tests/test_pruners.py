@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import PrunerConfig, SparsityConfig
-from drotator.pruners import PRUNERS, PrunedLinear, relative_error, sparsity_of, validate
+from drotator.pruners import PRUNERS, PrunedLinear, relative_error, sparsegpt, sparsity_of, validate
 from drotator.pruners.masks import grouped_mask, matrix_mask, num_removed, row_mask
 from drotator.pruners.sparsegpt import inverse_factor, sweep
 
@@ -303,7 +303,11 @@ def test_a_hessian_that_float32_cannot_factor_is_factored_in_float64(caplog: pyt
     assert damping == 1e-9 and not caplog.records
 
 
-def test_the_inverse_factor_is_upper_and_squares_to_the_inverse() -> None:
+@pytest.mark.parametrize("block_rows", [8192, 20, 7, 1])
+def test_the_inverse_factor_is_upper_and_squares_to_the_inverse(
+    block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparsegpt, "BLOCK_ROWS", block_rows)
     _, H = problem(1, 20)
     H[:, 7] = H[7] = 0
     U, _ = inverse_factor(H, 0.01)

@@ -15,6 +15,7 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt", "admm", "none")
 ROTATIONS = ("per_layer", "shared", "none")
 OBJECTIVES = ("entropy", "pruning_error")
 WEIGHTS = ("uniform", "sensitivity")
+MASK_WEIGHTS = ("auto", *WEIGHTS)
 PERMUTATIONS = ("none", "intermediate", "residual", "both")
 VALUE_MAPS = ("orthogonal", "invertible")
 RECONSTRUCTIONS = ("none", "block")
@@ -60,6 +61,8 @@ class PrunerConfig:
 
     damping: part of the mean diagonal of H added to it. block_size: columns of SparseGPT's sweep. iterations: of ADMM.
     solve_steps: steps of conjugate gradients that fit the surviving weights to the dense outputs, after any pruner.
+    weights: what the outputs of a linear count where an unstructured mask compares them: uniform (the papers), or by
+    what an error in each does to the layer's output; auto: as the rotation's pruning_error does, else uniform.
     """
 
     name: str = "sparsegpt"
@@ -67,6 +70,7 @@ class PrunerConfig:
     block_size: int = 128
     iterations: int = 100
     solve_steps: int = 0
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("pruner.name", self.name, PRUNERS)
@@ -74,6 +78,7 @@ class PrunerConfig:
         _require(self.block_size >= 1, "pruner.block_size", self.block_size, "1 or more")
         _require(self.iterations >= 1, "pruner.iterations", self.iterations, "1 or more")
         _require(self.solve_steps >= 0, "pruner.solve_steps", self.solve_steps, "0 or more")
+        _one_of("pruner.weights", self.weights, MASK_WEIGHTS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,6 +288,16 @@ class PruneConfig:
         _one_of("baseline", self.baseline, BASELINES)
         if self.rotation.value_map == "invertible":
             self._check_invertible_map()
+
+    @property
+    def mask_is_weighed(self) -> bool:
+        """Whether an unstructured mask weighs the outputs by their sensitivities; in groups none are compared."""
+        if self.sparsity.is_grouped or self.pruner.name == "none":
+            return False
+        if self.pruner.weights != "auto":
+            return self.pruner.weights == "sensitivity"
+        objective = self.objective
+        return self.rotation.name != "none" and (objective.name, objective.weights) == ("pruning_error", "sensitivity")
 
     def _check_invertible_map(self) -> None:
         """Refuse what a map that stretches makes meaningless: a QR factor, an importance that sees no inputs, and the

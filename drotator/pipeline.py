@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -376,8 +377,10 @@ def prune_layer(
     trained: TrainedRotation | None = None
     merged: Rotation | None = None
     known = None
+    sensitivities: Mapping[str, Tensor] = {}
     if settings.rotation.name != "none" and is_alone:
         dense = open_layer(context, settings)
+        sensitivities = dense.sensitivities
         trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
@@ -394,9 +397,13 @@ def prune_layer(
         weights = fold_norms(context.layer, context.spec)
         if rotation.order is not None:
             reorder_intermediate(context.layer, context.spec, weights, rotation.order)
+        sensitivities = context.sensitivities(settings.seed) if settings.mask_is_weighed else {}
         merged = merge(context, weights, rotation)
+    elif settings.mask_is_weighed:
+        sensitivities = context.sensitivities(settings.seed)
     R1, R2 = (merged.R1, merged.R2) if merged else (None, None)
-    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2)
+    seen = sensitivities if settings.mask_is_weighed else {}
+    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2, seen)
     reconstruction = {}
     if settings.reconstruct.name != "none":
         context.stream.attention = None  # it is tuned too

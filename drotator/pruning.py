@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from drotator.objectives import (
     chosen_salience,
     column_energy,
     needed_hessians,
+    output_weights,
     with_gradients,
 )
 from drotator.permutation import search_order
@@ -30,9 +32,19 @@ from drotator.pruners import PRUNERS, relative_error, sparsity_of
 from drotator.pruners.solve import solve_on_mask
 from drotator.resources import Stopwatch
 from drotator.results import LinearResult
-from drotator.rotation import Rotation, fold_norms, merge_rotation, reorder_intermediate, rotate_value_rows
+from drotator.rotation import (
+    Rotation,
+    fold_norms,
+    inverse_transpose,
+    merge_rotation,
+    reorder_intermediate,
+    rotate_value_rows,
+)
 from drotator.statistics import ActivationStream, collect_hessians, collect_sensitivities
 from drotator.training import TrainedRotation, train_rotation
+
+LEAST_WEIGHT = 1e-6
+"""Of an output, as a part of the mean: an output that nothing reads would else be divided by zero."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,24 @@ class LayerContext:
                 self.layer, self.spec, self.stream, self.index, wanted, R1, keep_attention=keep_attention
             )
 
+    def sensitivities(self, seed: int) -> dict[str, Tensor]:
+        """What an error in each output of a linear does to the dense layer's output; see `collect_sensitivities`."""
+        with self.watch.measure("calibrate"):
+            return collect_sensitivities(self.layer, self.spec, self.sizes, self.stream, self.index, seed)
+
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer with folded norms before it is rotated. weights: as `fold_norms` returns them."""
+    """A layer with folded norms before it is rotated. weights: as `fold_norms` returns them.
+
+    sensitivities: by module name, where the objective or the pruner's mask reads them.
+    """
 
     context: LayerContext
     weights: Mapping[str, Tensor]
     problem: LayerProblem
     order: Tensor | None
+    sensitivities: Mapping[str, Tensor]
 
 
 def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
@@ -84,14 +105,10 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
         reorder_intermediate(layer, spec, weights, order)
         if "down" in hessians:
             hessians["down"] = hessians["down"][order][:, order]
-    sensitivities = {}
-    if settings.objective.weights == "sensitivity":
-        with context.watch.measure("calibrate"):
-            sensitivities = collect_sensitivities(
-                layer, spec, context.sizes, context.stream, context.index, settings.seed
-            )
-    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, sensitivities)
-    return DenseLayer(context, weights, problem, order)
+    objective_reads = settings.objective.name == "pruning_error" and settings.objective.weights == "sensitivity"
+    sensitivities = context.sensitivities(settings.seed) if objective_reads or settings.mask_is_weighed else {}
+    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, sensitivities if objective_reads else {})
+    return DenseLayer(context, weights, problem, order, sensitivities)
 
 
 def importance(W: Tensor, H: Tensor | None, R: Tensor | None, settings: PruneConfig) -> Tensor:
@@ -207,6 +224,7 @@ def prune_linears(
     R1: Tensor | None,
     known: Tensor | None,
     R2: Tensor | None = None,
+    sensitivities: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, LinearResult], dict[str, float]]:
     """Prune the layer's linears in place, in the order of the forward pass, with statistics collected again after each.
 
@@ -214,6 +232,7 @@ def prune_linears(
         R1: (d, d) merged in the layer, or None.
         known: (d, d) H of the inputs of attention in the layer's present basis, if it is known already.
         R2: (k, h, h) merged in the layer, or None. The error of v is that of its outputs before R2, which may stretch.
+        sensitivities: by module name, of the layer before it was rotated, for masks that weigh the outputs by them.
     Returns: the result of every linear, and the damping by linear where it had to be raised.
     Raises: RuntimeError that names the layer and the linear.
     """
@@ -226,21 +245,34 @@ def prune_linears(
             H = context.collect((inputs,), R1, keep_attention=inputs == "output")[inputs]
         with context.watch.measure("prune"):
             for name in names:
-                results[name], damping = prune_linear(context, name, H, pruner, sparsity, R2)
+                scale = row_scale(name, context, sensitivities, R2)
+                results[name], damping = prune_linear(context, name, H, pruner, sparsity, R2, scale)
                 if damping > pruner.damping:
                     raised[name] = damping
     return results, raised
 
 
 def prune_linear(
-    context: LayerContext, name: str, H: Tensor, pruner: PrunerConfig, sparsity: SparsityConfig, R2: Tensor | None
+    context: LayerContext,
+    name: str,
+    H: Tensor,
+    pruner: PrunerConfig,
+    sparsity: SparsityConfig,
+    R2: Tensor | None,
+    scale: Tensor | None,
 ) -> tuple[LinearResult, float]:
-    """Prune one of the layer's linears in place; H: (d_in, d_in) of its inputs. Returns its result and the damping."""
+    """Prune one of the layer's linears in place.
+
+    Args:
+        H: (d_in, d_in), of its inputs.
+        R2, scale: see `prune_linears` and `row_scale`.
+    Returns: its result, and the damping that was used.
+    """
     module, damping = linear(context.layer, name), 0.0
     W = module.weight.to(torch.float32, copy=True)
     if pruner.name != "none":
         try:
-            weight, damping = prune_weight(W, H, sparsity, pruner, context.stream.world)
+            weight, damping = prune_weight(W, H, scale, sparsity, pruner, context.stream.world)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failure:
@@ -256,17 +288,37 @@ def prune_linear(
 
 
 def prune_weight(
-    W: Tensor, H: Tensor, sparsity: SparsityConfig, pruner: PrunerConfig, world: World
+    W: Tensor, H: Tensor, scale: Tensor | None, sparsity: SparsityConfig, pruner: PrunerConfig, world: World
 ) -> tuple[Tensor, float]:
     """Prune one weight, (d_out, d_in), and fit what is left where that is asked for.
 
     With N:M no row knows of another: each process of the world prunes its share of them with the whole H. Unstructured
     masks are compared or counted over the whole matrix, so that every process prunes all of it.
 
+    Args:
+        scale: see `row_scale`.
     Returns: the weight, +0.0 where removed, the same in every process; the damping that was used.
     """
-    rows = W[world.part(len(W))] if sparsity.is_grouped else W
-    weight, mask, damping = PRUNERS[pruner.name](rows, H, sparsity, pruner)
+    part = world.part(len(W)) if sparsity.is_grouped else slice(None)
+    rows, of_rows = W[part], None if scale is None else scale[part]
+    weight, mask, damping = PRUNERS[pruner.name](rows if of_rows is None else rows * of_rows, H, sparsity, pruner)
+    weight = weight if of_rows is None else weight / of_rows
     if pruner.solve_steps:
         weight = solve_on_mask(rows, weight, mask, H, damping=pruner.damping, steps=pruner.solve_steps)
     return world.gather_rows(weight, len(W)) if sparsity.is_grouped else weight, damping
+
+
+def row_scale(
+    name: str, context: LayerContext, sensitivities: Mapping[str, Tensor], R2: Tensor | None
+) -> Tensor | None:
+    """What the rows of a linear are multiplied by, so that equal errors in them do equal harm to the layer's output.
+
+    Returns: (d_out, 1), > 0: the root of the weight of each output in its present basis. None where all count alike.
+    """
+    G = sensitivities.get(name)
+    if G is not None and name == context.spec.value:
+        identity = torch.eye(G.shape[-1], device=G.device).expand_as(G)
+        G = output_weights(G, identity if R2 is None else inverse_transpose(R2.to(G)))
+    if G is None or G.ndim == 0:
+        return None
+    return G.clamp_min(LEAST_WEIGHT * G.mean()).sqrt()[:, None]

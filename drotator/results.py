@@ -72,6 +72,7 @@ DETAILS = (
     "rotation.permute",
     "rotation.value_map",
     "pruner.solve_steps",
+    "pruner.weights",
     "reconstruct.name",
     "reconstruct.target",
     "reconstruct.epochs",

@@ -161,7 +161,7 @@ def test_the_rows_of_all_processes_are_those_of_one(name: str, sparsity: Sparsit
     expected = pruned.weight
     if solve_steps:
         expected = solve_on_mask(W, expected, pruned.mask, H, damping=pruner.damping, steps=solve_steps)
-    parts = [prune_weight(W, H, sparsity, pruner, Gathered(rank, 3)) for rank in range(3)]
+    parts = [prune_weight(W, H, None, sparsity, pruner, Gathered(rank, 3)) for rank in range(3)]
     rows = [weight for weight, _ in parts]
     assert [len(weight) for weight in rows] == ([7, 8, 8] if sparsity.is_grouped else [23] * 3)
     found = torch.cat(rows) if sparsity.is_grouped else rows[0]

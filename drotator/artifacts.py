@@ -25,8 +25,8 @@ from drotator.rotation import Rotation
 from drotator.training import TrainedRotation
 
 PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
-FREE_TO_CHANGE = ("resume", "baseline", "device")
-"""Settings that a resumed run may change: they do not decide what a layer becomes."""
+FREE_TO_CHANGE = ("resume", "baseline", "device", "recover.save_every")
+"""Settings that a resumed run may change: they do not decide what a weight becomes."""
 
 
 class RunFolder:
@@ -38,15 +38,17 @@ class RunFolder:
         self.plots = path / "plots"
 
     @classmethod
-    def open(cls, path: Path, settings: dict[str, Any]) -> RunFolder:
-        """Create the folder, or open one that was made with the same settings.
+    def open(
+        cls, path: Path, settings: dict[str, Any], parts: Iterable[str] = ("layers", "rotations", "plots")
+    ) -> RunFolder:
+        """Create the folder with its `parts`, or open one that was made with the same settings.
 
         Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named).
         """
         run = cls(path)
         try:
-            for folder in (path / "layers", path / "rotations", run.plots):
-                folder.mkdir(parents=True, exist_ok=True)
+            for part in parts:
+                (path / part).mkdir(parents=True, exist_ok=True)
             if (path / "config.yaml").exists():
                 run._compare(settings)
             else:
@@ -115,9 +117,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     os.replace(partial, path)
 
 
-def load_tensors(path: Path, record: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path, record: str, *, remedy: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read all tensors, and the metadata entry `record`.
 
+    Args:
+        remedy: what to do about a file that cannot be read, if it is no layer's.
     Raises: ValueError that names the file if it is missing or damaged, and what to delete.
     """
     try:
@@ -126,9 +130,8 @@ def load_tensors(path: Path, record: str) -> tuple[dict[str, Tensor], dict[str, 
             return {name: stored.get_tensor(name) for name in stored.keys()}, metadata  # noqa: SIM118
     except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        raise ValueError(
-            f"{path} {problem}: delete {path.name} in layers and in rotations there, and resume makes both again."
-        ) from error
+        remedy = remedy or f"delete {path.name} in layers and in rotations there, and resume makes both again"
+        raise ValueError(f"{path} {problem}: {remedy}.") from error
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

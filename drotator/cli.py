@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from drotator import __version__, usage
+from drotator.config import Resumable
 from drotator.verbs import REPORT, REPORT_SUMMARY, VERBS
 
 
@@ -59,7 +60,7 @@ def _run(verb: str, words: list[str]) -> int:
     try:
         failures = jobs.launch(verb, plan)
     except KeyboardInterrupt:
-        if verb != "prune" or plan.folder is None:
+        if not issubclass(VERBS[verb].settings, Resumable) or plan.folder is None:
             raise
         return _end(f"interrupted. Go on with: {composition.command_line(verb, words, plan.folder)}", 130)
     for failure in failures:

@@ -10,12 +10,14 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drotator import calibration, evaluation
@@ -125,9 +127,10 @@ class PrunedModel:
         weights = tuple(f"{LAYERS}.{index}.{name}.weight" for index in layers for name in spec.linears)
         sparsity = stored_sparsity(folder, weights)
         if sparsity < LEAST_SPARSITY:
+            zeros = f"{100 * sparsity:.2f}% zeros in its linears"
             raise ValueError(
-                f"model.path={settings.model.path} is not pruned ({100 * sparsity:.2f}% zeros in its linears), so there "
-                "is no mask to keep. Give the checkpoint of a pruning run."
+                f"model.path={settings.model.path} is not pruned ({zeros}), so there is no mask to keep: "
+                "give the checkpoint of a pruning run."
             )
         metadata = read_metadata(folder)
         return cls(folder=folder, config=config, metadata=metadata, weights=weights, sparsity=sparsity)
@@ -258,7 +261,9 @@ def train(model: PreTrainedModel, training: Training) -> None:
         training.save(parameters, optimizer)
     model.train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Not by transformers, whose method for it has another name from one version to the next.
+        for layer in model.get_submodule(LAYERS).children():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     start, steps = len(training.losses), training.settings.num_steps
     logger.info("training %d parameters, step %d of %d", sum(map(Tensor.numel, parameters.values())), start, steps)
     with progress("recovering, steps", steps - start) as advance, float32_products("high"):

@@ -15,7 +15,6 @@ from drotator.results import LayerResult, LinearResult, RunReport
 from drotator.summary import (
     NAMES,
     UNUSED,
-    column_name,
     columns_of,
     duration,
     format_value,

@@ -204,9 +204,8 @@ def test_a_checkpoint_that_stands_in_the_folder_is_never_replaced(inputs, pruned
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in tensors_of(pruned["none"]).items())
 
 
-@pytest.mark.parametrize("rotation", ["per_layer", "none"])
-def test_a_fresh_process_loads_the_checkpoint_with_the_logits_of_the_model_in_memory(
-    inputs, pruned, tmp_path, monkeypatch, rotation
+def test_a_fresh_process_loads_the_checkpoints_with_the_logits_of_the_models_in_memory(
+    inputs, pruned, tmp_path, monkeypatch
 ):
     logits = []
     original = recover.train
@@ -217,19 +216,21 @@ def test_a_fresh_process_loads_the_checkpoint_with_the_logits_of_the_model_in_me
             logits.append(model(TOKENS).logits)
 
     monkeypatch.setattr(recover, "train", train)
-    recover.run_recover(recovery(inputs, pruned[rotation] / "checkpoint"), tmp_path / "run")
+    for rotation, run in pruned.items():
+        recover.run_recover(recovery(inputs, run / "checkpoint"), tmp_path / rotation)
     code = (
-        "import torch; from tiny_runs import TOKENS; from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained('run/checkpoint', trust_remote_code={rotation == 'per_layer'})\n"
-        "assert 'drotator' not in type(model).__module__\n"
-        "torch.save(model.eval()(TOKENS).logits.detach(), 'logits.pt')"
+        "import torch; from tiny_runs import TOKENS; from transformers import AutoModelForCausalLM as Auto\n"
+        "models = [Auto.from_pretrained(f'{run}/checkpoint', trust_remote_code=run != 'none') for run in RUNS]\n"
+        "assert not any('drotator' in type(model).__module__.split('.')[0] for model in models)\n"
+        "torch.save([model.eval()(TOKENS).logits.detach() for model in models], 'logits.pt')"
     )
     environment = process_environment(HF_HOME=str(tmp_path / "hub"))
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
-    torch.testing.assert_close(loaded, logits[0], rtol=1e-4, atol=1e-4)
-    start = AutoModelForCausalLM.from_pretrained(pruned["none"] / "checkpoint")(TOKENS).logits.detach()
-    assert (loaded - start).abs().max() > 0.1
+    command = [sys.executable, "-c", f"RUNS = {list(pruned)}\n{code}"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    before = AutoModelForCausalLM.from_pretrained(pruned["none"] / "checkpoint")(TOKENS).logits.detach()
+    for loaded, expected in zip(torch.load(tmp_path / "logits.pt", weights_only=True), logits, strict=True):
+        torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-4)
+        assert (loaded - before).abs().max() > 0.1
 
 
 def half_pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
@@ -309,8 +310,12 @@ def test_a_kept_weight_that_would_become_zero_stays_kept(dtype):
     assert not merged[merged == 0].signbit().any()
 
 
-def test_micro_batches_add_up_to_the_batch_and_checkpointed_gradients_are_the_same(inputs, pruned, tmp_path):
-    losses = {}
+def test_micro_batches_add_up_to_the_batch_and_checkpointed_gradients_are_the_same(
+    inputs, pruned, tmp_path, monkeypatch
+):
+    calls, losses = [], {}
+    original = recover.checkpoint
+    monkeypatch.setattr(recover, "checkpoint", lambda *args, **given: calls.append(1) or original(*args, **given))
     for name, given in {
         "batch": {"batch_size": 5},
         "micro": {"batch_size": 1, "accumulation": 5},
@@ -321,6 +326,7 @@ def test_micro_batches_add_up_to_the_batch_and_checkpointed_gradients_are_the_sa
         recover.run_recover(given, tmp_path / name)
         steps = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(step)["loss"] for step in steps]
+    assert len(calls) == 4 * 3  # steps, layers
     assert losses["micro"] == pytest.approx(losses["batch"], rel=1e-4)
     assert losses["checkpointing"] == pytest.approx(losses["batch"], rel=1e-4)
 

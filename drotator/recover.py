@@ -85,9 +85,10 @@ def run_recover(settings: RecoverCommandConfig, run_dir: Path) -> float:
     if report is None:
         reset_peak_memory(device)
         training = Training(settings, run, windows, watch)
-        if not (run.checkpoint / "config.json").is_file():
+        if (run.checkpoint / "config.json").is_file():
+            training.read()
+        else:
             recover_checkpoint(source, tokenizer, training)
-        training.read()
         report = report_on(source, tokenizer, training)
     print_summary(report)
     logger.info("run folder: %s", run.path)
@@ -191,11 +192,12 @@ class Training:
         )
 
     def read(self) -> dict[str, Tensor]:
-        """Read the metrics, losses and seconds of STATE into this object; return its tensors."""
+        """Take over the metrics and losses of STATE and add its seconds to this process's; return its tensors."""
         again = "delete it, and resume trains from the start"
         tensors, record = load_tensors(self.run.path / STATE, "training", remedy=again)
         self.before, self.losses = record["before"], record["losses"]
-        self.watch.seconds |= record["seconds"]
+        for stage, value in record["seconds"].items():
+            self.watch.seconds[stage] = self.watch.seconds.get(stage, 0.0) + value
         return tensors
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import some_tokens, tiny_model
-from tiny_runs import TOKENS, drotator, make_inputs, process_environment, report_of, settings
+from tiny_runs import TOKENS, make_inputs, process_environment, report_of, settings
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -162,8 +162,9 @@ def test_a_resumed_run_ends_bitwise_as_if_never_stopped(inputs, pruned, tmp_path
     whole, cut = (tensors_of(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "cut" / "metrics.jsonl").read_text()
-    reports = [report_of(tmp_path / name)["metrics"] for name in ("whole", "cut")]
-    assert reports[0]["pruned"] == reports[1]["pruned"]
+    reports = [report_of(tmp_path / name) for name in ("whole", "cut")]
+    assert reports[0]["metrics"]["pruned"] == reports[1]["metrics"]["pruned"]
+    assert reports[1]["seconds"].keys() == reports[0]["seconds"].keys()
 
 
 def test_a_run_stopped_while_it_measured_goes_on_there_and_a_finished_one_is_only_read(inputs, pruned, tmp_path):
@@ -350,6 +351,26 @@ def test_a_bfloat16_checkpoint_stays_one_and_its_adapters_are_trained_in_float32
     assert {tensor.dtype for tensor in load_file(tmp_path / "new" / recover.STATE).values()} == {torch.float32}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_keeps_the_mask_goes_on_where_it_stopped_and_lowers_the_perplexity(
+    inputs, pruned, tmp_path, monkeypatch, dtype
+):
+    given = recovery(inputs, pruned["per_layer"] / "checkpoint", epochs=4, save_every=3, dtype=dtype)
+    given.device = "cuda"
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "progress", Interruption(7))
+        with pytest.raises(KeyboardInterrupt):
+            recover.run_recover(given, tmp_path)
+    given.resume = str(tmp_path)
+    recover.run_recover(given, tmp_path)
+    before, after = tensors_of(pruned["per_layer"]), tensors_of(tmp_path)
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before if is_linear(name))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 32
+    metrics = report_of(tmp_path)["metrics"]
+    assert metrics["recovered"]["passages"] < 0.8 * metrics["pruned"]["passages"]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(inputs, pruned, tmp_path):
     given = recovery(inputs, pruned["none"] / "checkpoint", learning_rate=1e30, save_every=1)
     with pytest.raises(RuntimeError, match=r"The loss of step \d is (nan|inf). Lower recover.learning_rate."):
@@ -365,11 +386,14 @@ def words_of(inputs: Path, checkpoint: Path, *more: str) -> list[str]:
     return ["recover", f"model.path={checkpoint}", *text, *few, *more]
 
 
-def test_a_dense_model_is_refused_in_one_line(inputs, tmp_path):
-    refused = drotator(*words_of(inputs, inputs / "model"), cwd=tmp_path)
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "is not pruned (0.00% zeros in its linears)" in refused.stderr
+def test_a_dense_model_is_refused_in_one_line(inputs, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recover.calibration, "calibration_windows", lambda *_: pytest.fail("something long started"))
+    capfd.readouterr()
+    assert cli.main(words_of(inputs, inputs / "model")) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"drotator: model.path={inputs / 'model'} is not pruned (0.00% zeros in its linears)")
     assert not list(tmp_path.rglob("config.yaml"))
 
 

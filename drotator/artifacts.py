@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +26,10 @@ from drotator.rotation import Rotation
 from drotator.training import TrainedRotation
 
 PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
-FREE_TO_CHANGE = ("resume", "baseline", "device", "offload")
-"""Settings that a resumed run may change: they do not decide what a layer becomes."""
+FREE_TO_CHANGE = ("resume", "baseline", "device", "offload", "recover.save_every")
+"""Settings that a resumed run may change: they do not decide what a weight becomes."""
+PARTS = ("layers", "rotations", "plots")
+"""Folders of a pruning run."""
 
 
 class RunFolder:
@@ -44,20 +46,22 @@ class RunFolder:
         self.plots = path / "plots"
 
     @classmethod
-    def open(cls, path: Path, settings: dict[str, Any], world: World = ALONE) -> RunFolder:
-        """Create the folder, or open one that was made with the same settings.
+    def open(
+        cls, path: Path, settings: dict[str, Any], world: World = ALONE, parts: Sequence[str] = PARTS
+    ) -> RunFolder:
+        """Create the folder with its `parts`, or open one that was made with the same settings.
 
         Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named).
         """
         run = cls(path, world)
-        world.share(lambda: run._begin(settings))
+        world.share(lambda: run._begin(settings, parts))
         return run
 
-    def _begin(self, settings: dict[str, Any]) -> None:
+    def _begin(self, settings: dict[str, Any], parts: Sequence[str]) -> None:
         path = self.path
         try:
-            for folder in (path / "layers", path / "rotations", self.plots):
-                folder.mkdir(parents=True, exist_ok=True)
+            for part in parts:
+                (path / part).mkdir(parents=True, exist_ok=True)
             if (path / "config.yaml").exists():
                 self._compare(settings)
             else:
@@ -136,9 +140,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     os.replace(partial, path)
 
 
-def load_tensors(path: Path, record: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path, record: str, *, remedy: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read all tensors, and the metadata entry `record`.
 
+    Args:
+        remedy: what to do about a file that cannot be read, if it is no layer's.
     Raises: ValueError that names the file if it is missing or damaged, and what to delete.
     """
     try:
@@ -147,9 +153,8 @@ def load_tensors(path: Path, record: str) -> tuple[dict[str, Tensor], dict[str, 
             return {name: stored.get_tensor(name) for name in stored.keys()}, metadata  # noqa: SIM118
     except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        raise ValueError(
-            f"{path} {problem}: delete {path.name} in layers and in rotations there, and resume makes both again."
-        ) from error
+        remedy = remedy or f"delete {path.name} in layers and in rotations there, and resume makes both again"
+        raise ValueError(f"{path} {problem}: {remedy}.") from error
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

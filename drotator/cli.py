@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from drotator import __version__, processes, usage
+from drotator.config import Resumable
 from drotator.verbs import REPORT, REPORT_SUMMARY, VERBS
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _run(verb: str, words: list[str]) -> int:
     try:
         failures = jobs.launch(verb, plan)
     except KeyboardInterrupt:
-        if verb != "prune" or plan.folder is None:
+        if not issubclass(VERBS[verb].settings, Resumable) or plan.folder is None:
             raise
         return _end(f"interrupted. Go on with: {composition.command_line(verb, words, plan.folder)}", 130)
     for failure in failures:

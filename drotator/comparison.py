@@ -91,7 +91,7 @@ def report_command(paths: list[Path], output: Path | None) -> None:
         plot,
         comparison.labels,
         [column_name(report) for _, report in runs],
-        [report.metrics.get("pruned", {}) for _, report in runs],
+        [report.final for _, report in runs],
         [report.metrics.get("dense", {}) for _, report in runs],
     )
     if output.suffix == ".csv":
@@ -141,9 +141,12 @@ def _fraction(sparsity: str) -> float:
 
 def _compare(reports: Sequence[RunReport]) -> Comparison:
     settings = [{name: format_value(value) for name, value in run_settings(report).items()} for report in reports]
-    found = {name: {line[name] for line in settings} - {UNUSED} for name in SETTINGS}
+    found = {name: {line[name] for line in settings} for name in SETTINGS}
+    for name in ("objective", "optimizer", "steps"):  # unused without rotation, where they set nothing apart
+        found[name].discard(UNUSED)
     varying = [name for name in SETTINGS if len(found[name]) > 1]
-    same = [f"{name} {value}" for name, values in found.items() if len(values) == 1 for value in values - {"unknown"}]
+    silent = {"unknown", UNUSED}
+    same = [f"{name} {value}" for name, values in found.items() if len(values) == 1 for value in values - silent]
     shared = [f"All runs: {'; '.join(same)}.", "Perplexity: lower is better. Zero-shot mean in %: higher is better."]
     if differing := [name for name in EVALUATION if name in varying]:
         shared.append(f"The runs differ in {', '.join(differing)}: do not compare their metrics.")
@@ -152,7 +155,8 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
     body: list[list[str]] = []
     last_dense: list[str] = []
     for i, (report, line) in enumerate(zip(reports, settings, strict=True), start=1):
-        dense, pruned = ([_cell(report.metrics.get(part, {}), key) for key in metrics] for part in ("dense", "pruned"))
+        parts = report.metrics.get("dense", {}), report.final
+        dense, pruned = ([_cell(part, key) for key in metrics] for part in parts)
         dense = [line[name] if name in ("model", *EVALUATION) else UNUSED for name in varying] + dense
         if dense != last_dense:
             body.append(["dense", *dense, UNUSED])
@@ -187,7 +191,7 @@ def _minutes(report: RunReport) -> float:
 
 def _row(run: Path, report: RunReport) -> dict[str, object]:
     row: dict[str, object] = {"run": str(run), "status": "finished", **run_settings(report)}
-    row |= report.metrics.get("pruned", {})
+    row |= report.final
     row |= {f"dense_{key}": value for key, value in report.metrics.get("dense", {}).items()}
     return row | {"sparsity_realised": report.sparsity_realised, "minutes": _minutes(report)}
 

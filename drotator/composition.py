@@ -29,7 +29,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from drotator.config import PruneConfig, SparsityConfig
+from drotator.config import Resumable, SparsityConfig
 from drotator.usage import config_folder, group_options, groups_of
 from drotator.verbs import VERBS
 
@@ -109,7 +109,7 @@ def plan(verb: str, words: list[str]) -> Plan:
         if only_shows:
             _compose(arguments.config_name or verb, [*extra, *_single(overrides)])
             return Plan(words)
-        like_run = _like_its_run(overrides) if verb == "eval" else []
+        like_run = _like_its_run(overrides) if verb in ("eval", "recover") else []
         for job in _jobs(overrides) if arguments.multirun else [_single(overrides)]:
             cfg = _compose(arguments.config_name or verb, [*extra, *like_run, *job])
             settings = from_hydra(_without_hydra(cfg), VERBS[verb].settings)
@@ -119,7 +119,7 @@ def plan(verb: str, words: list[str]) -> Plan:
                 "cluster=slurm submits the jobs of a sweep: add -m; for a single run use scripts/slurm/prune.sbatch."
             )
         folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
-        if isinstance(settings, PruneConfig) and settings.resume:
+        if isinstance(settings, Resumable) and settings.resume:
             folder = _folder_to_resume(settings.resume, is_sweep)
     if is_sweep:  # a failed job is told with what sets it apart
         same = ",".join(override.key_or_group for override in overrides if not override.is_sweep_override())

@@ -8,6 +8,7 @@ is allowed.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -358,6 +359,69 @@ class ExportConfig:
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
         _require(self.model.dtype == "auto", "model.dtype", self.model.dtype, "an export keeps the checkpoint's own")
+
+
+@dataclass(kw_only=True, slots=True)
+class RecoverConfig:
+    """How a pruned checkpoint is fine-tuned: LoRA on its pruned linears. Defaults: DenoiseRotator, Table 10.
+
+    masked: train W + mask * (B A), so that merging loses nothing; false trains the dense update, which is faster, and
+    masks it when it is merged. accumulation: batches of calibration.batch_size windows in one step.
+    gradient_checkpointing: less memory, a third more time. save_every: steps between two saved states.
+    """
+
+    masked: bool = True
+    rank: int = 8
+    alpha: int = 32
+    dropout: float = 0.1
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-2
+    warmup_steps: int = 400
+    epochs: int = 1
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "epochs", "accumulation", "save_every"):
+            _require(getattr(self, name) >= 1, f"recover.{name}", getattr(self, name), "1 or more")
+        for name in ("alpha", "learning_rate"):
+            _require(getattr(self, name) > 0, f"recover.{name}", getattr(self, name), "above 0")
+        for name in ("weight_decay", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"recover.{name}", getattr(self, name), "0 or more")
+        _require(0 <= self.dropout < 1, "recover.dropout", self.dropout, "0 or more, and below 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class RecoverCommandConfig:
+    """Settings of `drotator recover`; calibration is the training text. resume: the run folder to go on with."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig
+    eval: EvalConfig
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    device: str = "auto"
+    seed: int = 0
+    resume: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.model.dtype != "float16", "model.dtype", "float16", "train in bfloat16 or float32")
+        _require(self.calibration.seqlen >= 2, "calibration.seqlen", self.calibration.seqlen, "2 or more to train")
+        warmup, steps = self.recover.warmup_steps, self.num_steps
+        _require(warmup < steps, "recover.warmup_steps", warmup, f"less than the {steps} steps that the text gives")
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.calibration.batch_size * self.recover.accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the optimizer: an epoch's last one may have fewer windows."""
+        return self.recover.epochs * math.ceil(self.calibration.num_samples / self.windows_per_step)
+
+
+Resumable = PruneConfig | RecoverCommandConfig
+"""Settings of the commands that go on with resume=RUN."""
 
 
 def describe(settings: object) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from drotator.composition import BEHAVIOUR, MAY_CALL, Plan, from_hydra
-from drotator.config import PruneConfig
+from drotator.config import Resumable
 from drotator.console import quiet_libraries
 from drotator.processes import is_first_to_fail
 from drotator.usage import config_folder
@@ -72,7 +72,7 @@ def run_job(cfg: DictConfig) -> float:
         if is_sweep:
             (run_dir / FAILED).unlink(missing_ok=True)
         settings = from_hydra(cfg, verb.settings)
-        if is_sweep and isinstance(settings, PruneConfig):
+        if is_sweep and isinstance(settings, Resumable):
             has_started = (run_dir / "config.yaml").is_file()
             settings.resume = str(run_dir) if has_started else ""
         result = verb.stage(settings, run_dir, is_sweep)

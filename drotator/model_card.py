@@ -75,14 +75,15 @@ def model_card(metadata: Mapping[str, object], *, has_custom_code: bool) -> str:
 
     Args:
         metadata: what was done. Plain values are listed; "rotation" and "model" are told in words too; "metrics" (as in
-            report.json: {"dense": {name: value}, "pruned": {...}}) becomes a table.
+            report.json: {"dense": {name: value}, "pruned": {...}}) becomes a table; "recovered" says how it was tuned.
         has_custom_code: the checkpoint has boundary matrices.
     """
     settings = [(name, value) for name, value in metadata.items() if isinstance(value, str | int | float)]
     metrics = metadata.get("metrics")
     return CARD.format(
         model=metadata.get("model", "A model"),
-        summary=UNROTATED if metadata.get("rotation") == "none" else ROTATED,
+        summary=(UNROTATED if metadata.get("rotation") == "none" else ROTATED)
+        + (f"\nThen it was fine-tuned: {metadata['recovered']}." if "recovered" in metadata else ""),
         settings=_table(("setting", "value"), settings),
         numbers=f"## Numbers\n\n{_metrics_table(metrics)}\n\n" if isinstance(metrics, Mapping) and metrics else "",
         trust=", trust_remote_code=True" if has_custom_code else "",

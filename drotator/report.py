@@ -15,7 +15,6 @@ from drotator.results import LayerResult, LinearResult, RunReport
 from drotator.summary import (
     NAMES,
     UNUSED,
-    column_name,
     columns_of,
     duration,
     format_value,
@@ -160,12 +159,13 @@ def _in_words(report: RunReport) -> str:
     pattern = re.fullmatch(r"(\d+)of(\d+)", report.sparsity)
     removed = f"{pattern[1]} of every {pattern[2]} consecutive inputs kept" if pattern else "unstructured"
     text = f"Model {report.model}, pruned by {report.pruner} to sparsity {report.sparsity} ({removed}), "
+    after = f" Then recovered: {report.provenance['recovered']}." if "recovered" in report.provenance else ""
     if report.rotation == "none":
-        return text + f"without rotation. Seed {report.seed}."
+        return text + f"without rotation. Seed {report.seed}.{after}"
     steps = f" in {format_value(report.provenance['steps'])} steps" if "steps" in report.provenance else ""
     return text + (
         f"after rotation {report.rotation}, learned by {report.optimizer}{steps} on the objective {report.objective}. "
-        f"Seed {report.seed}."
+        f"Seed {report.seed}.{after}"
     )
 
 
@@ -192,9 +192,10 @@ def _markdown(report: RunReport, baseline: RunReport | None, plots: Sequence[str
             "by less than 1%, and for single tasks."
         )
     parts += sampling_error(report)
-    runs = {column_name(report): report} if baseline is None else {"rotated": report, "plain": baseline}
+    runs = {list(columns)[-1]: report} if baseline is None else {"rotated": report, "plain": baseline}
     parts += ["## What the sparsity buys", markdown_list(what_it_buys(report))]
-    parts += ["## Layers", _layers_in_words(report), markdown_table(*_linears(runs))]
+    if report.layers:
+        parts += ["## Layers", _layers_in_words(report), markdown_table(*_linears(runs))]
     parts += ["## Time and memory", markdown_table(*_costs(runs))]
     warnings = mismatches(report, baseline) + warnings_of(report)
     warnings += [f"not finite, written as null in report.json: {entry}" for entry in lost]

@@ -44,7 +44,11 @@ class LayerResult:
 
 @dataclass(kw_only=True, slots=True)
 class RunReport:
-    """Everything that report.json holds. metrics: {"dense": Metrics, "pruned": Metrics}."""
+    """Everything that report.json holds.
+
+    metrics: {"dense": Metrics, "pruned": Metrics}, and "recovered" in the report of `drotator recover`, whose "pruned"
+    is the checkpoint before, and which has no layers.
+    """
 
     model: str
     pruner: str
@@ -60,6 +64,11 @@ class RunReport:
     peak_memory_bytes: dict[str, int]
     versions: dict[str, str]
     provenance: dict[str, object]
+
+    @property
+    def final(self) -> Metrics:
+        """Metrics of the model that the run left."""
+        return self.metrics.get("recovered", self.metrics.get("pruned", {}))
 
 
 DETAILS = (

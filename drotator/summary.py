@@ -1,6 +1,7 @@
 """Say what a run reached: metrics of the dense, plain and rotated model side by side, and the facts in words.
 
-The columns are dense (the model as it was), plain (pruned without rotation) and rotated (rotated, then pruned).
+The columns are dense (the model as it was), plain (pruned without rotation), rotated (rotated, then pruned), and
+recovered (one of these, fine-tuned after pruning).
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def say(text: str, style: str = "", *, is_wrapped: bool = True) -> None:
 
 def headline(report: RunReport) -> str:
     how = f" ({report.objective}, {report.optimizer})" if report.rotation != "none" else ""
-    return f"{report.model}, {report.pruner} {report.sparsity}, rotation {report.rotation}{how}"
+    after = ", recovered" if "recovered" in report.metrics else ""
+    return f"{report.model}, {report.pruner} {report.sparsity}, rotation {report.rotation}{how}{after}"
 
 
 def column_name(report: RunReport) -> str:
@@ -122,6 +124,8 @@ def columns_of(report: RunReport, baseline: RunReport | None) -> dict[str, Metri
     if baseline is not None:
         columns["plain"] = baseline.metrics.get("pruned", {})
     columns[column_name(report)] = report.metrics.get("pruned", {})
+    if "recovered" in report.metrics:
+        columns["recovered"] = report.metrics["recovered"]
     return columns
 
 
@@ -153,7 +157,7 @@ def unusual_details(report: RunReport) -> list[str]:
         value = report.provenance.get(name, getattr(defaults[group], leaf))
         if group not in unused and value != getattr(defaults[group], leaf):
             found.append(f"{group if leaf == 'name' else leaf}={value}")
-    return found
+    return [*found, "recovered"] if "recovered" in report.metrics else found
 
 
 def metric_rows(columns: Mapping[str, Metrics]) -> list[MetricRow]:
@@ -234,7 +238,7 @@ def what_it_buys(report: RunReport) -> list[str]:
 def sampling_error(report: RunReport) -> list[str]:
     """Say how far accuracies of a part of the questions can be trusted; the worst case, an accuracy of 50%."""
     limit = report.provenance.get("tasks_limit")
-    if not isinstance(limit, int) or limit <= 0 or "zero_shot_mean" not in report.metrics.get("pruned", {}):
+    if not isinstance(limit, int) or limit <= 0 or "zero_shot_mean" not in report.final:
         return []
     return [f"Accuracies are of {limit} questions a task, with a standard error of {50 / math.sqrt(limit):.0f} points."]
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drotator.config import CheckConfig, EvalCommandConfig, ExportConfig, FetchConfig, PruneConfig
+from drotator.config import (
+    CheckConfig,
+    EvalCommandConfig,
+    ExportConfig,
+    FetchConfig,
+    PruneConfig,
+    RecoverCommandConfig,
+)
 
 
 def has_baseline(settings: PruneConfig, is_sweep: bool) -> bool:
@@ -51,6 +58,12 @@ def _export(settings: ExportConfig, run_dir: Path, is_sweep: bool) -> None:
     run_export(settings)
 
 
+def _recover(settings: RecoverCommandConfig, run_dir: Path, is_sweep: bool) -> float:
+    from drotator.recover import run_recover
+
+    return run_recover(settings, run_dir)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     """One command.
@@ -83,6 +96,16 @@ VERBS: dict[str, Verb] = {
         settings=EvalCommandConfig,
         stage=_eval,
         examples=("drotator eval model.path=RUN/checkpoint", "drotator eval model=llama3-8b eval=quick"),
+    ),
+    "recover": Verb(
+        summary="LoRA fine-tuning of a pruned checkpoint that keeps its mask",
+        settings=RecoverCommandConfig,
+        stage=_recover,
+        examples=(
+            "drotator recover model.path=RUN/checkpoint",
+            "drotator recover model.path=RUN/checkpoint recover.masked=false",
+            "drotator recover model.path=RUN/checkpoint resume=RUN",
+        ),
     ),
     "export": Verb(
         summary="a 2:4 checkpoint in compressed files: only the kept weights and their places",

@@ -56,6 +56,9 @@ FAKES = """
     def run_check(settings, run_dir):
         raise AssertionError("not called")
 
+    def run_recover(settings, run_dir):
+        os.kill(os.getpid(), signal.SIGINT)
+
     def module(name, **functions):
         sys.modules[f"drotator.{name}"] = types.ModuleType(f"drotator.{name}")
         vars(sys.modules[f"drotator.{name}"]).update(functions)
@@ -65,6 +68,7 @@ FAKES = """
     module("fetch", fetch_all=fetch_all)
     module("comparison", report_command=report_command)
     module("check", run_check=run_check)
+    module("recover", run_recover=run_recover)
 """
 
 Drotator = Callable[..., subprocess.CompletedProcess[str]]
@@ -301,6 +305,11 @@ def test_an_interrupted_run_says_how_to_go_on(drotator: Drotator, tmp_path: Path
     resume = folder.relative_to(tmp_path / "work")
     assert said == f"interrupted. Go on with: drotator prune seed=3 pruner=wanda resume={resume}"
     assert signal.SIGINT == 130 - 128
+
+
+def test_ctrl_c_says_how_to_go_on_with_a_recovery(drotator: Drotator) -> None:
+    said = one_line(drotator("recover", "model.path=x", "hydra.run.dir=run"), 130)
+    assert said == "interrupted. Go on with: drotator recover model.path=x hydra.run.dir=run resume=run"
 
 
 def test_an_unwritable_output_folder_is_told_in_one_line(drotator: Drotator) -> None:

@@ -243,6 +243,20 @@ def test_an_export_is_of_one_format_and_replaces_nothing_unless_asked() -> None:
     assert plan("export", ["model.path=folder", "output=there", "overwrite=true"]).folder == Path(".")
 
 
+def test_a_recovery_trains_as_the_paper_does() -> None:
+    settings = settings_of("recover", "model.path=folder")
+    lora = config.RecoverConfig(rank=8, alpha=32, dropout=0.1, learning_rate=2e-4, weight_decay=1e-2, warmup_steps=400)
+    assert settings.recover == lora
+    assert lora.masked
+    text = settings.calibration
+    assert (text.dataset, text.num_samples, text.seqlen, settings.num_steps) == ("c4", 4096, 2048, 4096)
+    few = settings_of(
+        "recover", "model.path=x", "calibration=wikitext2", "calibration.batch_size=5", "recover.epochs=2"
+    )
+    assert (few.calibration.dataset, few.calibration.num_samples, few.num_steps) == ("wikitext2", 4096, 2 * 820)
+    assert plan("recover", ["model.path=folder", "recover.masked=false"]).folder.name.endswith("-local-recover")  # type: ignore[union-attr]
+
+
 def test_true_and_false_can_be_set() -> None:
     assert plan("prune", ["rotation.R1=false", "rotation.R2=true"]).words
 

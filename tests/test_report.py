@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -350,6 +351,27 @@ def test_runs_that_were_measured_differently_show_it_in_a_column_and_in_words(
     assert "The runs differ in seqlen: do not compare their metrics." in text
     rows = [line.split() for line in text.splitlines()]
     assert [row[1:3] for row in rows if row[:1] == ["dense"]] == [["2048", "21.60"], ["512", "33.30"]]
+
+
+def test_a_recovered_run_stands_beside_the_pruned_one_with_what_it_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recovered = replace(make_report(), layers=[])
+    recovered.metrics["recovered"] = {**ROTATED, "wikitext2": 40.5}
+    recovered.provenance["recovered"] = "LoRA of rank 8"
+    write_report(tmp_path / "pruned", make_report())
+    write_report(tmp_path / "recovered", recovered)
+    report_command([tmp_path], None)
+    shown = capsys.readouterr().out
+    rows = {line.split()[1]: line.split() for line in shown.splitlines() if re.match(r" *[12] +\S+ +\d", line)}
+    assert (rows["-"][2], rows["recovered"][2]) == ("59.50", "40.50")
+    assert "also recovered" not in shown
+    text = (tmp_path / "recovered" / "report.md").read_text()
+    assert "| metric | dense | rotated | recovered |" in text
+    assert "Then recovered: LoRA of rank 8." in text
+    assert "## Layers" not in text
+    assert "|  | recovered |" in text
+    assert load_report(tmp_path / "recovered").final["wikitext2"] == 40.5
 
 
 def test_the_comparison_is_written_as_markdown_with_a_plot(sweep: Path, tmp_path: Path) -> None:

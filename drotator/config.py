@@ -24,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
 BASELINES = ("auto", "always", "never")
 FORMATS = ("sparse24",)
+BENCHMARKS = ("pruning", "inference")
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -338,6 +339,60 @@ class ExportConfig:
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
         _require(self.model.dtype == "auto", "model.dtype", self.model.dtype, "an export keeps the checkpoint's own")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchOptions:
+    """What `drotator bench` measures.
+
+    objectives: those whose rotation step is timed; [] is the one of the settings. steps: of training between two
+    timings. paper: time the paper's formulation beside them. layers: of the random model that goes through the whole
+    pipeline, 0 leaves that out.
+    batch_size, seqlen: of the prefill; seqlen is the length of the KV cache too. decode: batch sizes of decoding.
+    compile: time the layers under torch.compile too.
+    """
+
+    objectives: list[str] = field(default_factory=list)
+    steps: int = 10
+    paper: bool = False
+    layers: int = 2
+    batch_size: int = 32
+    seqlen: int = 2048
+    decode: list[int] = field(default_factory=lambda: [1, 8, 64])
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.objectives:
+            _one_of("bench.objectives", name, OBJECTIVES)
+        for name in ("steps", "batch_size", "seqlen"):
+            _require(getattr(self, name) >= 1, f"bench.{name}", getattr(self, name), "1 or more")
+        _require(self.layers >= 0, "bench.layers", self.layers, "0 (no pipeline) or more")
+        for size in self.decode:
+            _require(size >= 1, "bench.decode", size, "1 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """Settings of `drotator bench`: the model gives the shapes, and its weights, like all tokens, are random.
+
+    kind: pruning: rotation step, Hessians, pruner and whole pipeline; inference: a layer dense, 2:4 and with boundary.
+    calibration: how many tokens the pipeline calibrates on; its text is not read.
+    """
+
+    model: ModelConfig
+    pruner: PrunerConfig
+    sparsity: SparsityConfig
+    rotation: RotationConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    bench: BenchOptions = field(default_factory=BenchOptions)
+    kind: str = "pruning"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, BENCHMARKS)
 
 
 def describe(settings: object) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from drotator.bounds import Work
 from drotator.config import EvalConfig, ModelConfig, PruneConfig, describe
 from drotator.measurement import Bench, Timing, duration, time_call, wall_seconds
 from drotator.objectives import LayerProblem, chosen_salience
-from drotator.optimizers import OPTIMIZERS, retract, skew
+from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
 from drotator.pipeline import Job, missing_bytes, run_once
 from drotator.pruners import PRUNERS, validate
@@ -120,6 +120,8 @@ def bench_steps(bench: Bench, folder: Path) -> None:
             paper=paper,
         )
         times = given.optimizer.steps * num_layers
+        if not times:
+            continue
         total = Timing(times * row.milliseconds + num_layers * set_up, timing.peak_bytes)
         row = bench.add(
             f"rotations of the model, {given.optimizer.steps} steps",
@@ -177,7 +179,7 @@ def bench_updates(bench: Bench) -> None:
     given, device, sizes = bench.settings, bench.device, bench.source.sizes
     generator = torch.Generator(device).manual_seed(given.seed)
     G, U = (torch.randn(sizes.hidden_size, sizes.hidden_size, generator=generator, device=device) for _ in range(2))
-    U = skew(U) * (0.1 / sizes.hidden_size**0.5)
+    U = (U - U.mT) * (0.05 / sizes.hidden_size**0.5)
     R = torch.eye(sizes.hidden_size, device=device)
     optimizer = OPTIMIZERS[given.optimizer.name](R, given.optimizer.learning_rate)
     half = torch.full((), 0.5, device=device)
@@ -262,7 +264,8 @@ def bench_pruner(bench: Bench) -> None:
 def bench_pipeline(bench: Bench, folder: Path) -> None:
     """The pipeline itself on a model of a few such layers: seconds of its stages, and what they come to for all layers.
 
-    Each layer counts as the median of those after the first, which has no layer before it to run.
+    A layer counts as the mean of those after the first, which has no layer before it to run; of all of them where they
+    are learned together, in the first one's time.
     """
     given, device, num_layers = bench.settings, bench.device, bench.settings.bench.layers
     report, source = prune_random_model(bench, folder)
@@ -278,43 +281,31 @@ def bench_pipeline(bench: Bench, folder: Path) -> None:
         "prune": Work() if given.pruner.name == "none" else bounds.pruning(sizes, given.pruner),
     }
     peak = max(layer.peak_memory_bytes["device" if device.type == "cuda" else "host"] for layer in report.layers)
-    counted = report.layers[1:] or report.layers
-    seconds = {stage: statistics.median(layer.seconds.get(stage, 0.0) for layer in counted) for stage in LAYER_STAGES}
-    for stage in LAYER_STAGES:
-        if least[stage].seconds(bench.peaks):
-            bench.add(
-                f"layer: {stage}",
-                Timing(1e3 * seconds[stage], peak),
-                least[stage],
-                objective=given.objective.name,
-                optimizer=given.optimizer.name,
-            )
+    counted = report.layers if given.rotation.name == "shared" else (report.layers[1:] or report.layers)
+    seconds = {stage: statistics.fmean(layer.seconds.get(stage, 0.0) for layer in counted) for stage in LAYER_STAGES}
     whole = Work()
     for work in least.values():
         whole += work
-    bench.add(
-        "layer: all stages",
-        Timing(1e3 * sum(seconds.values()), peak),
-        whole,
-        objective=given.objective.name,
-        optimizer=given.optimizer.name,
-    )
+    parts = {stage: (1e3 * seconds[stage], least[stage]) for stage in LAYER_STAGES if seconds[stage]}
+    parts["all stages"] = (1e3 * sum(seconds.values()), whole)
     of_layers = sum(sum(layer.seconds.values()) for layer in report.layers)
     around = (report.seconds["total"] - of_layers) / num_layers  # reading embeddings, writing the checkpoint
     all_layers = bench.source.num_layers
-    estimate = Timing(1e3 * all_layers * (sum(seconds.values()) + around), peak)
-    bench.add(
-        f"pipeline of the model, {all_layers} layers",
-        estimate,
-        whole * all_layers,
-        objective=given.objective.name,
-        optimizer=given.optimizer.name,
-    )
-    shown = ", ".join(f"{stage} {duration(1e3 * all_layers * value)}" for stage, value in seconds.items())
+    for what, times in (("layer", 1), (f"model of {all_layers} layers", all_layers)):
+        for stage, (milliseconds, work) in parts.items():
+            if work.seconds(bench.peaks):
+                more = 1e3 * around if stage == "all stages" and what != "layer" else 0.0
+                bench.add(
+                    f"{what}: {stage}",
+                    Timing(times * (milliseconds + more), peak),
+                    work * times,
+                    objective=given.objective.name,
+                    optimizer=given.optimizer.name,
+                )
     bench.note(
-        f"Pipeline: {num_layers} layers were pruned on {calibrated.num_samples} x {calibrated.seqlen} random tokens in "
-        f"{duration(1e3 * report.seconds['total'])}; for {all_layers} layers that makes {shown}, checkpoint "
-        f"{duration(1e3 * all_layers * around)}: {duration(estimate.milliseconds)} without evaluation."
+        f"Pipeline: measured on {calibrated.num_samples} x {calibrated.seqlen} random tokens and {num_layers} of "
+        f"{all_layers} layers. Rows of the model are extrapolated; all stages hold {duration(1e3 * around)} a layer "
+        f"for the checkpoint, and no evaluation."
     )
 
 

@@ -58,6 +58,7 @@ class Row:
     gpus: int
     device: str
     dtype: str
+    torch: str
     rate: str
     bound: str
     times: float | None = None
@@ -109,7 +110,8 @@ class Bench:
             gpus=int(self.device.type == "cuda"),
             device=device_name(self.device),
             dtype=self.source.dtype_name,
-            rate=self._rate(work, timing.milliseconds),
+            torch=torch.__version__,
+            rate=self._rate(work, timing.milliseconds / 1e3),
             bound=self._bound(work),
             times=None if other is None else other / timing.milliseconds,
             compared=compared,
@@ -124,10 +126,10 @@ class Bench:
         self.notes.append(line)
         logger.info("%s", line, extra={"file_only": True})
 
-    def _rate(self, work: Work, milliseconds: float) -> str:
+    def _rate(self, work: Work, seconds: float) -> str:
         if work.is_computing(self.peaks):
-            return f"{_scaled(1e3 * work.operations / milliseconds)}FLOP/s"
-        return f"{_scaled(1e3 * work.bytes / milliseconds)}B/s"
+            return f"{_scaled(work.operations / seconds)}FLOP/s"
+        return f"{_scaled(work.bytes / seconds)}B/s"
 
     def _bound(self, work: Work) -> str:
         if not work.is_computing(self.peaks):
@@ -182,16 +184,21 @@ def time_call(call: Callable[[], object], device: torch.device, *, warm_up: bool
     milliseconds: list[float] = []
     spent = 0.0
     while not milliseconds or (spent < BUDGET_SECONDS and len(milliseconds) < MOST_REPEATS):
-        if is_cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            spent += wall_seconds(lambda: (call(), end.record()), device)  # noqa: B023
-            milliseconds.append(start.elapsed_time(end))
-        else:
-            milliseconds.append(1e3 * wall_seconds(call, device))
-            spent += milliseconds[-1] / 1e3
+        milliseconds.append(_event_milliseconds(call, device) if is_cuda else 1e3 * wall_seconds(call, device))
+        spent += milliseconds[-1] / 1e3
     peak = peak_memory(device)["device" if is_cuda else "host"]
     return Timing(statistics.median(milliseconds), peak, peak - before if is_cuda else 0)
+
+
+def _event_milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+    return start.elapsed_time(end)
 
 
 def measure_peaks(device: torch.device) -> Peaks:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from drotator.objectives import INPUT_OF, LayerProblem, damped
+from drotator.objectives import INPUT_OF, LayerProblem
 
 LEARNING_RATE = 0.01
 STEPS = 2000
@@ -70,7 +70,9 @@ def paper_step(problem: LayerProblem, salience: str, damping: float) -> Callable
 
 
 def _factor(H: Tensor, salience: str, damping: float) -> Tensor:
-    return torch.linalg.inv(damped(H, damping)) if salience == "obs" else H
+    if salience != "obs":
+        return H
+    return torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(len(H), device=H.device))
 
 
 def _entropy(S: Tensor) -> Tensor:

@@ -137,12 +137,7 @@ class ModelSource:
 
         Raises: ValueError for an unsupported family, a quantised checkpoint or a damaged file.
         """
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-            model_type = _declared_model_type(folder)
-            layer_spec(model_type, folder)
-            raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+        config = read_config(folder)
         spec = layer_spec(config.model_type, folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{folder} holds quantised weights; give the float checkpoint.")
@@ -266,6 +261,18 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
 def hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """A decoder layer returns its hidden states, alone or first of a tuple, as the version of transformers has it."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def read_config(folder: Path) -> Any:
+    """Read the folder's config.json, a PretrainedConfig.
+
+    Raises: ValueError if it is damaged, or of a family that cannot be rotated.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        layer_spec(_declared_model_type(folder), folder)
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
 
 
 def _declared_model_type(folder: Path) -> str:

@@ -48,6 +48,7 @@ KINDS = {
     float: "a number",
     str: "a word",
     list[str]: "a list, such as [a,b]",
+    list[int]: "a list, such as [1,8]",
 }
 NO_SUBMITIT = "cluster=slurm needs the package hydra-submitit-launcher: pip install 'drotator[slurm]'."
 

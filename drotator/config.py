@@ -27,6 +27,7 @@ PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
 BASELINES = ("auto", "always", "never")
 OFFLOADS = ("auto", "device", "host", "disk")
 FORMATS = ("sparse24",)
+BENCHMARKS = ("pruning", "inference")
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -422,6 +423,59 @@ class RecoverCommandConfig:
 
 Resumable = PruneConfig | RecoverCommandConfig
 """Settings of the commands that go on with resume=RUN."""
+
+
+class BenchOptions:
+    """What `drotator bench` measures.
+
+    objectives: those whose rotation step is timed; [] is the one of the settings. steps: of training between two
+    timings. paper: time the paper's formulation beside them. layers: of the random model that goes through the whole
+    pipeline, 0 leaves that out.
+    batch_size, seqlen: of the prefill; seqlen is the length of the KV cache too. decode: batch sizes of decoding.
+    compile: time the layers under torch.compile too.
+    """
+
+    objectives: list[str] = field(default_factory=list)
+    steps: int = 10
+    paper: bool = False
+    layers: int = 2
+    batch_size: int = 32
+    seqlen: int = 2048
+    decode: list[int] = field(default_factory=lambda: [1, 8, 64])
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.objectives:
+            _one_of("bench.objectives", name, OBJECTIVES)
+        for name in ("steps", "batch_size", "seqlen"):
+            _require(getattr(self, name) >= 1, f"bench.{name}", getattr(self, name), "1 or more")
+        _require(self.layers >= 0, "bench.layers", self.layers, "0 (no pipeline) or more")
+        for size in self.decode:
+            _require(size >= 1, "bench.decode", size, "1 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """Settings of `drotator bench`: the model gives the shapes, and its weights, like all tokens, are random.
+
+    kind: pruning: rotation step, Hessians, pruner and whole pipeline; inference: a layer dense, 2:4 and with boundary.
+    calibration: how many tokens the pipeline calibrates on; its text is not read.
+    """
+
+    model: ModelConfig
+    pruner: PrunerConfig
+    sparsity: SparsityConfig
+    rotation: RotationConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    bench: BenchOptions = field(default_factory=BenchOptions)
+    kind: str = "pruning"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, BENCHMARKS)
 
 
 def describe(settings: object) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _assignments(schema: type, names: list[str], prefix: str) -> str:
     for item in fields(schema):
         if item.name in names:
             value = item.default_factory() if item.default_factory is not MISSING else item.default
-            shown = f"[{','.join(value)}]" if isinstance(value, list) else value
+            shown = f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
             shown = str(shown).lower() if isinstance(shown, bool) else shown
             words.append(f"{prefix}{item.name}={shown if shown != '' else repr('')}")
     return textwrap.fill(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drotator.config import (
+    BenchConfig,
     CheckConfig,
     EvalCommandConfig,
     ExportConfig,
@@ -44,6 +45,12 @@ def _check(settings: CheckConfig, run_dir: Path, is_sweep: bool) -> float:
     from drotator.check import run_check
 
     return run_check(settings, run_dir)
+
+
+def _bench(settings: BenchConfig, run_dir: Path, is_sweep: bool) -> float:
+    from drotator.benchmark import run_bench
+
+    return run_bench(settings, run_dir)
 
 
 def _fetch(settings: FetchConfig, run_dir: Path, is_sweep: bool) -> None:
@@ -121,6 +128,16 @@ VERBS: dict[str, Verb] = {
         settings=CheckConfig,
         stage=_check,
         examples=("drotator check", "drotator check model=local model.path=FOLDER"),
+    ),
+    "bench": Verb(
+        summary="time and memory of every part at a model's real shapes, with random weights: needs no hub",
+        settings=BenchConfig,
+        stage=_bench,
+        examples=(
+            "drotator bench model=llama3-8b",
+            "drotator bench model=llama3-70b bench.paper=true",
+            "drotator bench kind=inference model=llama3-8b bench.decode=[1,64]",
+        ),
     ),
     "fetch": Verb(
         summary="bring a model and data sets into the local cache, to go offline",

@@ -163,7 +163,17 @@ def test_help_comes_in_under_a_second(drotator: Drotator) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "prune --help", "prune --cfg job", "prune modle=x", "prune pruner=x", "nope"]
+    "words",
+    [
+        "--help",
+        "prune --help",
+        "bench --help",
+        "bench kind=speed",
+        "prune --cfg job",
+        "prune modle=x",
+        "prune pruner=x",
+        "nope",
+    ],
 )
 def test_help_composition_and_refusals_import_no_torch(environment: dict[str, str], tmp_path: Path, words: str) -> None:
     code = "import sys; from drotator.cli import main; main(); print({'torch', 'transformers'} & set(sys.modules))"
@@ -214,6 +224,15 @@ def test_help_composition_and_refusals_import_no_torch(environment: dict[str, st
         ("export model.path=x fromat=sparse24", "there is no setting 'fromat'. Did you mean format?"),
         ("export model.path=x overwrite=1", "overwrite=1 is not allowed: overwrite must be true or false."),
         ("export model.path=x model.dtype=float16", "model.dtype=float16 is not allowed: an export keeps"),
+        ("bench kind=speed", "kind=speed is not allowed: choose from pruning, inference."),
+        ("bench bench.objectives=[loss]", "bench.objectives=loss is not allowed: choose from entropy, pruning_error."),
+        ("bench bench.steps=0", "bench.steps=0 is not allowed: 1 or more."),
+        ("bench bench.layers=-1", "bench.layers=-1 is not allowed: 0 (no pipeline) or more."),
+        ("bench bench.decode=[1,0]", "bench.decode=0 is not allowed: 1 or more."),
+        ("bench bench.decode=8", "bench.decode must be a list, such as [1,8]."),
+        ("bench bench.layer=1", "Did you mean bench.layers?"),
+        ("bench model=local", "model.path='' is not allowed"),
+        ("bench calibration=local", "bench has no group 'calibration'."),
         ("export pruner=wanda", "export has no group 'pruner'. Its groups: model."),
         ("prune rotation.R1=1", "rotation.R1 must be true or false"),
         ("prune calibration=local", "calibration.path='' is not allowed"),

@@ -23,7 +23,9 @@ BLOCK_ROWS = 8192
 
 
 @torch.no_grad()
-def prune_sparsegpt(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig) -> PrunedLinear:
+def prune_sparsegpt(
+    W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig, *, may_use_kernel: bool = True
+) -> PrunedLinear:
     """Remove weights in one sweep over the inputs, correcting the weights that are still to come.
 
     A dead input (H_jj = 0: never active in the calibration text) costs nothing, so its weights go first; where more of
@@ -32,6 +34,7 @@ def prune_sparsegpt(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: Pr
     Args:
         W: (d_out, d_in) float32 or float64, not modified.
         H: (d_in, d_in) dtype and device of W, symmetric, undamped, not modified.
+        may_use_kernel: sweep by the Triton kernel where there is one.
     Raises: ValueError if the group does not divide d_in; RuntimeError if W or H is not finite, or if H is not positive
         definite even with its damping raised.
     Source: SparseGPT, arXiv 2301.00774, algorithm 1.
@@ -41,7 +44,7 @@ def prune_sparsegpt(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: Pr
     require_finite(H, "The Hessian H")
     U, damping = inverse_factor(H, settings.damping)
     gain = torch.where(H.diagonal() == 0, 0, U.diagonal().pow(-2))
-    weight, mask = sweep(W, U, gain, sparsity, settings.block_size)
+    weight, mask = sweep(W, U, gain, sparsity, settings.block_size, may_use_kernel=may_use_kernel)
     return PrunedLinear(weight, mask, damping)
 
 
@@ -88,7 +91,9 @@ def invert_lower(L: Tensor) -> None:
         corner.copy_(inverse)
 
 
-def sweep(W: Tensor, U: Tensor, gain: Tensor, sparsity: SparsityConfig, block_size: int) -> tuple[Tensor, Tensor]:
+def sweep(
+    W: Tensor, U: Tensor, gain: Tensor, sparsity: SparsityConfig, block_size: int, *, may_use_kernel: bool = True
+) -> tuple[Tensor, Tensor]:
     """Choose the mask and correct the weights, block of columns by block of columns, without waiting for the device.
 
     N:M masks are chosen at the start of each group, unstructured ones at the start of each block and over all its rows,
@@ -106,7 +111,8 @@ def sweep(W: Tensor, U: Tensor, gain: Tensor, sparsity: SparsityConfig, block_si
     mask = torch.empty_like(columns, dtype=torch.bool)
     group = sparsity.group if sparsity.is_grouped else 1
     block_size = -(-block_size // group) * group
-    sweep_block = sweep_kernel.sweep_block if sweep_kernel.is_available(columns, block_size) else _sweep_block
+    has_kernel = may_use_kernel and sweep_kernel.is_available(columns, block_size)
+    sweep_block = sweep_kernel.sweep_block if has_kernel else _sweep_block
     removed = num_removed(sparsity, d_out, d_in)
     for start in range(0, d_in, block_size):
         stop = min(start + block_size, d_in)

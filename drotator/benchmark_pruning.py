@@ -23,7 +23,9 @@ from drotator.artifacts import RunFolder
 from drotator.bounds import Work
 from drotator.config import EvalConfig, ModelConfig, PruneConfig, describe
 from drotator.measurement import Bench, Timing, duration, time_call, wall_seconds
+from drotator.memory import plan_memory
 from drotator.objectives import LayerProblem, chosen_salience
+from drotator.offload import Batches
 from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
 from drotator.pipeline import Job, missing_bytes, run_once
@@ -218,7 +220,7 @@ def bench_moments(bench: Bench) -> None:
         if size in found:
             continue
         x = torch.randn(batch, seqlen, size, generator=generator, device=device).to(source.dtype)
-        stream = ActivationStream(hidden=[x], calls={batch: LayerCall(({},))}, device=device)
+        stream = ActivationStream(hidden=Batches(device, batches=[x]), calls={batch: LayerCall(({},))}, device=device)
         reader = _Reader(source.spec.inputs[inputs][0])
 
         def collect(reader: nn.Module = reader, stream: ActivationStream = stream, inputs: str = inputs) -> object:
@@ -318,4 +320,5 @@ def prune_random_model(bench: Bench, folder: Path) -> tuple[RunReport, ModelSour
     check_disk_space(run.path, missing_bytes(run, source, settings.rotation))
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"word": 0}, unk_token="word")))
     windows = random_windows(bench, source, given.calibration.num_samples)
-    return run_once(settings, run, Job(source, nothing, windows, device, {}, {})), source
+    memory = plan_memory(settings, source, device)
+    return run_once(settings, run, Job(source, nothing, windows, device, {}, {}, memory)), source

@@ -425,6 +425,7 @@ Resumable = PruneConfig | RecoverCommandConfig
 """Settings of the commands that go on with resume=RUN."""
 
 
+@dataclass(kw_only=True, slots=True)
 class BenchOptions:
     """What `drotator bench` measures.
 

@@ -33,7 +33,7 @@ from drotator.pruners import PRUNERS, validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.pruners.sweep_kernel import is_available
 from drotator.pruning import LayerContext, learn_rotation, objective_of, open_layer, starting_rotation
-from drotator.resources import Stopwatch, check_disk_space, peak_memory, reset_peak_memory
+from drotator.resources import Stopwatch, check_disk_space, float32_products, peak_memory, reset_peak_memory
 from drotator.results import RunReport
 from drotator.shapes import random_moments, random_weight, write_random_model
 from drotator.statistics import ActivationStream, collect_hessians
@@ -154,7 +154,9 @@ def time_step(problem: LayerProblem, settings: PruneConfig, steps: int, device: 
 
     def milliseconds(num_steps: int) -> float:
         asked = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, steps=num_steps))
-        return 1e3 * wall_seconds(lambda: learn_rotation([objective], start, asked), device)
+        return 1e3 * wall_seconds(
+            lambda: learn_rotation([objective], start, asked, precision=problem.precision), device
+        )
 
     milliseconds(1)
     reset_peak_memory(device)
@@ -185,7 +187,8 @@ def bench_updates(bench: Bench) -> None:
     R = torch.eye(sizes.hidden_size, device=device)
     optimizer = OPTIMIZERS[given.optimizer.name](R, given.optimizer.learning_rate)
     half = torch.full((), 0.5, device=device)
-    with torch.no_grad():
+    precision = "high" if device.type == "cuda" and bench.source.dtype.itemsize == 2 else "highest"
+    with torch.no_grad(), float32_products(precision):
         timing = time_call(lambda: optimizer.update(G, half), device)
         name = f"update of R1, {given.optimizer.name}"
         bench.add(name, timing, bounds.rotation_update(sizes), optimizer=given.optimizer.name)
@@ -195,13 +198,15 @@ def bench_updates(bench: Bench) -> None:
 class _Reader(nn.Module):
     """Stands for a layer: hands what it is given to the module of that name, where moments are collected."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, size: int) -> None:
         super().__init__()
         self.name = name
         module: nn.Module = self
-        for part in name.split("."):
+        *outer, last = name.split(".")
+        for part in outer:
             module.add_module(part, nn.Identity())
             module = module.get_submodule(part)
+        module.add_module(last, nn.Linear(size, 1, device="meta"))  # which is asked for its size, and never run
 
     def forward(self, hidden: Tensor) -> Tensor:
         found: Tensor = self.get_submodule(self.name)(hidden)
@@ -221,7 +226,7 @@ def bench_moments(bench: Bench) -> None:
             continue
         x = torch.randn(batch, seqlen, size, generator=generator, device=device).to(source.dtype)
         stream = ActivationStream(hidden=Batches(device, batches=[x]), calls={batch: LayerCall(({},))}, device=device)
-        reader = _Reader(source.spec.inputs[inputs][0])
+        reader = _Reader(source.spec.inputs[inputs][0], size)
 
         def collect(reader: nn.Module = reader, stream: ActivationStream = stream, inputs: str = inputs) -> object:
             return collect_hessians(reader, source.spec, stream, 0, (inputs,))

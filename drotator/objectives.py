@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
+from drotator.scores import RotatedWeight, Score, entropy_score, removed_score, rotated_score, scored
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(R1, R2) -> scalar float32, differentiable."""
@@ -46,12 +47,19 @@ class LayerProblem:
     weights: by LayerSpec field name, (d_out, d_in). hessians: by input, (d_in, d_in), undamped.
     sensitivities: by LayerSpec field name, what an error in each output does to the layer's output; see
         `collect_sensitivities`. Empty: every linear counts by the part of its own output's energy.
+    products: dtype in which the large weights are multiplied by R1; None: their own.
     """
 
     weights: Mapping[str, Tensor]
     hessians: Mapping[str, Tensor]
     sizes: LayerSizes
     sensitivities: Mapping[str, Tensor] = field(default_factory=dict)
+    products: torch.dtype | None = None
+
+    @property
+    def precision(self) -> str:
+        """Of the float32 products beside them; see `float32_products`."""
+        return "highest" if self.products is None else "high"
 
     @classmethod
     def of_layer(
@@ -61,6 +69,7 @@ class LayerProblem:
         sizes: LayerSizes,
         hessians: Mapping[str, Tensor],
         sensitivities: Mapping[str, Tensor] | None = None,
+        products: torch.dtype | None = None,
     ) -> LayerProblem:
         """weights, sensitivities: by module name, as `fold_norms` and `collect_sensitivities` return them."""
         by_field = {name: getattr(spec, name) for name in INPUT_OF}
@@ -70,6 +79,7 @@ class LayerProblem:
             hessians,
             sizes,
             {name: found[module] for name, module in by_field.items() if module in found},
+            products,
         )
 
 
@@ -109,14 +119,24 @@ def column_energy(H: Tensor, R: Tensor | None, salience: str, damping: float) ->
     Returns: (n,), > 0.
     Source: DenoiseRotator section 3.3; SparseGPT, arXiv 2301.00774, algorithm 1.
     """
+    return rotated_energy(energy_moments(H, salience, damping), R, salience)
+
+
+def energy_moments(H: Tensor, salience: str, damping: float) -> Tensor:
+    """What of H does not change with R: H for wanda, its damped inverse for obs, damped H for sequential_obs."""
     if salience == "wanda":
-        return H.diagonal() if R is None else (R * (H @ R)).sum(0)
+        return H
     H = damped(H, damping)
-    if salience == "obs":
-        inverse = torch.cholesky_inverse(_cholesky(H))
-        return 1 / (inverse.diagonal() if R is None else (R * (inverse @ R)).sum(0))
+    return torch.cholesky_inverse(_cholesky(H)) if salience == "obs" else H
+
+
+def rotated_energy(M: Tensor, R: Tensor | None, salience: str) -> Tensor:
+    """`column_energy` from its `energy_moments` M."""
+    if salience != "sequential_obs":
+        diagonal = M.diagonal() if R is None else (R * (M @ R)).sum(0)
+        return diagonal if salience == "wanda" else 1 / diagonal
     # H = V V^T with V upper triangular gives U = V^-1, so 1 / U_jj = V_jj: no inverse is formed.
-    rotated = H if R is None else R.mT @ H @ R
+    rotated = M if R is None else R.mT @ M @ R
     return _cholesky(rotated.flip(0, 1)).diagonal().flip(0).square()
 
 
@@ -126,83 +146,14 @@ def _cholesky(H: Tensor) -> Tensor:
     return torch.where(info == 0, factor, torch.nan)
 
 
-class _Entropy(torch.autograd.Function):
-    """Entropies of S (r, c) normalised along `dim`, with dE_i/dS_ij = -(log p_ij + E_i) / Z_i in closed form.
-
-    Autograd would meet log 0 where a weight is exactly zero; S log S -> 0 there, and so must its gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, S: Tensor, dim: int) -> Tensor:
-        Z = S.sum(dim, keepdim=True)
-        Z = Z.masked_fill(Z == 0, torch.inf)  # nothing but zeros: no entropy and no gradient
-        log_p = (S / Z).clamp_min(torch.finfo(S.dtype).tiny).log_()
-        E = -(S * log_p).sum(dim, keepdim=True) / Z
-        ctx.save_for_backward(log_p, E, Z)
-        return E.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        log_p, E, Z = ctx.saved_tensors
-        return -(log_p + E) * (grad / Z), None
-
-
 def entropy(S: Tensor, dim: int) -> Tensor:
-    """Sum over all rows (dim=1) or columns (dim=0) of the entropy in nats of S >= 0 normalised in it.
-
-    Source: DenoiseRotator, eq. 5.
-    """
-    value: Tensor = _Entropy.apply(S, dim)
-    return value
-
-
-class _Removed(torch.autograd.Function):
-    """Sum of what a mask removes of S^T (d_in, d_out); the gradient reaches the removed entries only."""
-
-    @staticmethod
-    def forward(ctx: Any, S: Tensor, sparsity: SparsityConfig) -> Tensor:
-        if not sparsity.is_grouped:
-            removed = round(sparsity.ratio * len(S))
-            if removed == 0:
-                ctx.save_for_backward(torch.zeros_like(S, dtype=torch.bool))
-                return S.new_zeros(())
-            threshold = S.kthvalue(removed, dim=0, keepdim=True).values
-            is_below = threshold > S
-            ctx.save_for_backward(threshold >= S)
-            num_at_threshold = removed - is_below.sum(0)  # of equal importances a row loses as many as its mask removes
-            return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum()
-        groups = S.unflatten(0, (-1, sparsity.group))
-        if (sparsity.keep, sparsity.group) == (2, 4):
-            total, threshold = _two_smallest_of_four(groups)
-        else:
-            smallest = groups.topk(sparsity.group - sparsity.keep, dim=1, largest=False).values
-            total, threshold = smallest.sum(), smallest[:, -1]
-        ctx.save_for_backward((threshold[:, None] >= groups).flatten(0, 1))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (is_removed,) = ctx.saved_tensors
-        return is_removed * grad, None
-
-
-def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the two smallest of (n, 4, m), and the larger of each two: a sorting network beats topk several times."""
-    a, b, c, d = groups.unbind(1)
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
-    second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
-    return torch.minimum(low, low2).sum() + second.sum(), second
+    """Sum over rows (dim=1) or columns (dim=0) of the entropy in nats of S >= 0 normalised in it. Differentiable."""
+    return scored(S, partial(entropy_score, dim=dim))
 
 
 def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
     """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
-    return _removed(S.mT, sparsity)
-
-
-def _removed(S: Tensor, sparsity: SparsityConfig) -> Tensor:
-    value: Tensor = _Removed.apply(S, sparsity)
-    return value
+    return scored(S.mT, partial(removed_score, sparsity=sparsity))
 
 
 def build_objective(
@@ -230,68 +181,72 @@ def build_objective(
     """
     assert value_map == "orthogonal" or salience != "magnitude", "PruneConfig refuses it: o's importance can be scaled"
     W, sizes = problem.weights, problem.sizes
-    # Everything is kept as W^T: the inputs, which are grouped, then lie in the slow dimension.
-    reads_attention = torch.cat([W["query"], W["key"], W["value"]]).mT.contiguous()
-    reads_mlp = torch.cat([W["gate"], W["up"]]).mT.contiguous()
-    writes_residual = torch.cat([W["output"].mT, W["down"].mT])  # (k q h + m, d)
-    num_query_key = len(W["query"]) + len(W["key"])
-    num_output = W["output"].shape[1]
-    down_energy = None
-    if salience != "magnitude" and "down" in problem.hessians:
-        down_energy = column_energy(problem.hessians["down"], None, salience, damping)
     G = dict(problem.sensitivities)
     if value_map == "invertible":
         G.setdefault("value", reader_moments(W["output"], sizes))
     norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in INPUT_OF}
     if problem.sensitivities:  # errors of different linears are then comparable, and only their sum is normalised
         norms = dict.fromkeys(norms, torch.stack(list(norms.values())).sum())
+    down_energy = None
+    if salience != "magnitude" and "down" in problem.hessians:
+        down_energy = column_energy(problem.hessians["down"], None, salience, damping)
+
+    is_entropy = settings.name == "entropy"
+    by_output: Score = partial(entropy_score, dim=0) if is_entropy else partial(removed_score, sparsity=sparsity)
+    by_input: Score = partial(entropy_score, dim=1) if is_entropy else by_output
+
+    def counts(name: str) -> Tensor:
+        one = norms[name].new_ones(())
+        return one if is_entropy else G.get(name, one) / norms[name]
+
+    def reading(*names: str) -> RotatedWeight:
+        joined = torch.cat([W[name].to(problem.products) for name in names]).mT.contiguous()
+        return RotatedWeight(joined, torch.cat([counts(name).expand(len(W[name])) for name in names]), by_output)
+
+    query_key, gate_up = reading("query", "key"), reading("gate", "up")
+    down = RotatedWeight(
+        W["down"].to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
+    )
+    value, output = W["value"].mT.contiguous(), W["output"].mT.contiguous()
+    of_output = problem.hessians.get("output")
+    moments = {
+        inputs: energy_moments(problem.hessians[inputs], salience, damping)
+        for inputs in ("attention", "mlp", "output")
+        if inputs in problem.hessians and salience != "magnitude"
+    }
 
     def energy(inputs: str, R: Tensor) -> Tensor | None:
-        if salience == "magnitude":
-            return None
-        return column_energy(problem.hessians[inputs], R, salience, damping)
-
-    def reader(R2: Tensor) -> Tensor:
-        return R2 if value_map == "orthogonal" else inverse_transpose(R2)
+        return None if salience == "magnitude" else rotated_energy(moments[inputs], R, salience)
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
-        if value_map == "orthogonal":
+        if value_map == "orthogonal" or of_output is None:
             return energy("output", torch.block_diag(*R2_of_queries))
         # H is damped in the basis that the pruner sees, which only an orthogonal map makes the same as in any other.
-        half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
+        half = rotate_value_rows(of_output, R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
 
-    def importances(R1: Tensor, R2: Tensor, R2_of_reader: Tensor) -> dict[str, Tensor]:
-        """S^T, (d_in, d_out), of the linears; those that read the same inputs side by side."""
-        R2_of_queries, R2_of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
-        attention = R1.mT @ reads_attention
-        writes = writes_residual @ R1
-        attention_energy, mlp_energy = energy("attention", R1), energy("mlp", R1)
-        return {
-            "query_key": _weigh(attention[:, :num_query_key], attention_energy),
-            "value": _weigh(rotate_output_columns(attention[:, num_query_key:], R2, 1), attention_energy),
-            "output": _weigh(rotate_value_rows(writes[:num_output], R2_of_readers), output_energy(R2_of_queries)),
-            "gate_up": _weigh(R1.mT @ reads_mlp, mlp_energy),
-            "down": _weigh(writes[num_output:], down_energy),
+    def evaluate(R1: Tensor, R2: Tensor) -> Tensor:
+        R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
+        of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
+        attention_energy = energy("attention", R1)
+        S = {
+            "value": _weigh(rotate_output_columns(R1.mT @ value, R2, 1), attention_energy),
+            "output": _weigh(rotate_value_rows(output @ R1, of_readers), output_energy(of_queries)),
         }
+        if not is_entropy:
+            S["value"] = S["value"] * (output_weights(G["value"], R2_of_reader) if "value" in G else 1) / norms["value"]
+            S["output"] = S["output"] * counts("output")
+        scores = [
+            rotated_score(R1, attention_energy, query_key),
+            rotated_score(R1, energy("mlp", R1), gate_up),
+            rotated_score(R1, down_energy, down),
+            *(scored(importance, by_output) for importance in S.values()),
+        ]
+        if is_entropy:
+            scores += [scored(importance, by_input) for importance in S.values()]
+        return torch.stack(scores).sum()
 
-    def entropy_objective(R1: Tensor, R2: Tensor) -> Tensor:
-        S = importances(R1, R2, reader(R2))
-        outputs = [entropy(S[name], 0) for name in ("query_key", "gate_up", "value", "output")]
-        inputs = [entropy(S[name], 1) for name in ("down", "value", "output")]
-        return torch.stack(outputs + inputs).sum()
-
-    def pruning_error(R1: Tensor, R2: Tensor) -> Tensor:
-        R2_of_reader = reader(R2)
-        S = importances(R1, R2, R2_of_reader)
-        query, key = S["query_key"].split([len(W["query"]), len(W["key"])], dim=1)
-        gate, up = S["gate_up"].chunk(2, dim=1)
-        parts = {"query": query, "key": key, "gate": gate, "up": up, **{n: S[n] for n in ("value", "output", "down")}}
-        basis = {"value": R2_of_reader, "output": R1, "down": R1}
-        parts |= {name: parts[name] * output_weights(moments, basis.get(name)) for name, moments in G.items()}
-        return torch.stack([_removed(part, sparsity) / norms[name] for name, part in parts.items()]).sum()
-
-    return {"entropy": entropy_objective, "pruning_error": pruning_error}[settings.name]
+    return evaluate
 
 
 def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:

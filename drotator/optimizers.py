@@ -206,17 +206,20 @@ def cosine(start: float, progress: Tensor) -> Tensor:
     return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-def matrix_sign(A: Tensor, steps: int = 6) -> Tensor:
+def matrix_sign(A: Tensor, steps: int = 5) -> Tensor:
     """Approximate polar factor of (..., n, n): quintic Newton-Schulz steps that lift small singular values fast,
-    then two cubic ones that settle all of them near 1. Odd polynomials keep a skew matrix skew.
+    then a cubic one that settles them near 1. Odd polynomials keep a skew matrix skew. Where float32 products
+    may be rounded (`float32_products`), these are bfloat16: a direction needs no more.
 
     Source: Muon (Jordan et al., 2024) for the quintic coefficients.
     """
     X = A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
+    if A.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        X = X.bfloat16()
     for _ in range(steps):
         gram = X @ X.mT
         X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
-    return polar(X, 2)
+    return polar(X, 1).to(A.dtype)
 
 
 GROUPS = {"orthogonal": Group(skew, retract), "invertible": Group(lambda A: A, stretch)}

@@ -339,7 +339,9 @@ def learn_shared_rotation(
     logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
     with watch.measure("rotate"):
         start = starting_rotation(store.problem(0), len(group), settings, previous_rotation(run, group[0], settings))
-        trained = learn_rotation(store, start, settings, job.world, can_capture=store.is_resident)
+        trained = learn_rotation(
+            store, start, settings, job.world, can_capture=store.is_resident, precision=store.problem(0).precision
+        )
         identity = Rotation.identity(job.source.sizes, job.device)
         learned = []
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):

@@ -107,7 +107,10 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
             hessians["down"] = hessians["down"][order][:, order]
     objective_reads = settings.objective.name == "pruning_error" and settings.objective.weights == "sensitivity"
     sensitivities = context.sensitivities(settings.seed) if objective_reads or settings.mask_is_weighed else {}
-    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, sensitivities if objective_reads else {})
+    stored = linear(layer, spec.gate).weight
+    products = torch.bfloat16 if stored.is_cuda and stored.itemsize == 2 else None  # a CPU has no faster ones
+    seen = sensitivities if objective_reads else {}
+    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, seen, products)
     return DenseLayer(context, weights, problem, order, sensitivities)
 
 
@@ -161,6 +164,7 @@ def learn_rotation(
     world: World = ALONE,
     *,
     can_capture: bool = True,
+    precision: str = "highest",
 ) -> TrainedRotation:
     """Learn one R1 for all the layers given, and the R2 of each; R2 of the result is (layers k, h, h).
 
@@ -172,6 +176,7 @@ def learn_rotation(
         settings.optimizer,
         learns=(settings.rotation.R1, settings.rotation.R2),
         can_capture=can_capture,
+        precision=precision,
     )
     for R in (trained.rotation.R1, trained.rotation.R2):
         world.broadcast_(R)
@@ -190,7 +195,9 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
         try:
             start = starting_rotation(dense.problem, 1, settings, previous)
             objective = objective_of(dense.problem, settings)
-            trained = learn_rotation([objective], start, settings, context.stream.world)
+            trained = learn_rotation(
+                [objective], start, settings, context.stream.world, precision=dense.problem.precision
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

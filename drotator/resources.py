@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from drotator.distributed import ALONE, World
 
@@ -123,6 +124,15 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of matrices or batches of them, summed in float32, or in float64 for such matrices."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a.mT, b, out_dtype=torch.float32)  # torch.addmm: some versions want a 16-bit sum
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return a.to(dtype).mT @ b.to(dtype)
 
 
 @dataclass

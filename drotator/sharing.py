@@ -33,9 +33,11 @@ class ProblemStore(Sequence[Objective]):
         self.budget = DEVICE_SHARE * memory_of(device)
         self.resident: dict[int, tuple[LayerProblem, Objective]] = {}
         self.length = 0
+        self.products: torch.dtype | None = None
 
     def append(self, problem: LayerProblem) -> None:
-        """Keep a layer's problem, in memory or as a file."""
+        """Keep a layer's problem, in memory or as a file. All have the same dtype of products."""
+        self.products = problem.products
         needed = 2 * sum(tensor.nbytes for tensor in tensors_of(problem).values())  # the objective keeps a copy of most
         if needed <= self.budget:
             self.budget -= needed
@@ -52,7 +54,7 @@ class ProblemStore(Sequence[Objective]):
     def problem(self, position: int) -> LayerProblem:
         if position in self.resident:
             return self.resident[position][0]
-        return problem_of(load_file(self.file(position), str(self.device)), self.sizes)
+        return problem_of(load_file(self.file(position), str(self.device)), self.sizes, self.products)
 
     def __getitem__(self, position: int) -> Objective:  # type: ignore[override]
         if not 0 <= position < self.length:
@@ -79,12 +81,12 @@ def tensors_of(problem: LayerProblem) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(problem, part).items()}
 
 
-def problem_of(tensors: dict[str, Tensor], sizes: LayerSizes) -> LayerProblem:
+def problem_of(tensors: dict[str, Tensor], sizes: LayerSizes, products: torch.dtype | None) -> LayerProblem:
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
-    return LayerProblem(parts["weights"], parts["hessians"], sizes, parts["sensitivities"])
+    return LayerProblem(parts["weights"], parts["hessians"], sizes, parts["sensitivities"], products)
 
 
 def memory_of(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from drotator.architecture import LayerCalls, LayerSizes, LayerSpec, ModelSource, embed, hidden_states, linear
 from drotator.distributed import ALONE, World
 from drotator.offload import ON_DEVICE, Batches, Offload
-from drotator.resources import float32_products
+from drotator.resources import float32_products, product
 
 SENSITIVITY_BATCHES = 2
 MOMENT_TOKENS = 4096
@@ -174,14 +174,6 @@ def add_moments(H: Tensor, x: Tensor) -> None:
             for start in range(0, len(H), MOMENT_ROWS):
                 rows = slice(start, start + MOMENT_ROWS)
                 H[rows, start:].add_(product(tokens[:, rows], tokens[:, start:]))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of matrices or batches of them, float32."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        multiply = torch.mm if a.ndim == 2 else torch.bmm
-        return multiply(a.mT, b, out_dtype=torch.float32)  # torch.addmm: some versions want a 16-bit sum
-    return a.float().mT @ b.float()
 
 
 def mirror(H: Tensor) -> None:

@@ -12,6 +12,7 @@ from drotator.config import OptimizerConfig
 from drotator.graphs import captured
 from drotator.objectives import ObjectiveWithGradients
 from drotator.optimizers import OPTIMIZERS
+from drotator.resources import float32_products
 from drotator.rotation import Rotation
 
 ORTHOGONALITY_LIMIT = 1e-3
@@ -37,6 +38,7 @@ def train_rotation(
     *,
     learns: Sequence[bool] = (True, True),
     can_capture: bool = True,
+    precision: str = "highest",
 ) -> TrainedRotation:
     """Minimise the objective over R1 and R2 together, and keep the best iterate.
 
@@ -46,6 +48,8 @@ def train_rotation(
         start: float32, on the device where the objective lives; steps are taken from there.
         learns: whether R1, and whether R2, is changed at all.
         can_capture: whether the objective does nothing but work on the device, so that a CUDA graph can replay it.
+        precision: of float32 products while training; see `float32_products`. What is returned is made orthogonal to
+            float32 in any case.
     Raises: RuntimeError if the objective is not finite at the start.
     """
     build, learning_rate = OPTIMIZERS[settings.name], settings.learning_rate
@@ -74,16 +78,19 @@ def train_rotation(
                 optimizer.update(gradient, progress)
         step.add_(1)
 
-    if can_capture and all(optimizer.can_capture for optimizer in optimizers):
-        state = [history, best_loss, step, *best, *(tensor for optimizer in optimizers for tensor in optimizer.state)]
-        take_step = captured(take_step, state)
-    for _ in range(settings.steps + 1):  # the last evaluates the last rotation; its update comes to nothing
-        take_step()
+    with float32_products(precision):
+        if can_capture and all(optimizer.can_capture for optimizer in optimizers):
+            kept = [tensor for optimizer in optimizers for tensor in optimizer.state]
+            take_step = captured(take_step, [history, best_loss, step, *best, *kept])
+        for _ in range(settings.steps + 1):  # the last evaluates the last rotation; its update comes to nothing
+            take_step()
     losses = history.tolist()
     if not math.isfinite(losses[0]):
         raise RuntimeError(f"the objective is not finite before the first step ({losses[0]})")
     rotation = Rotation(best[0], best[1], value_map=start.value_map)
     orthogonality = rotation.orthogonality()
+    if precision != "highest":
+        rotation = rotation.polished().to(dtype=torch.float32)
     return TrainedRotation(
         rotation=rotation,
         objective_before=losses[0],

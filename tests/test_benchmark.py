@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_other_settings_leave_out_what_they_do_not_have(tmp_path, words, has_ste
 def test_a_step_is_timed_without_what_a_training_costs_beside_its_steps(monkeypatch):
     lengths = []
 
-    def train(objectives: Any, start: Any, settings: PruneConfig) -> None:
+    def train(objectives: Any, start: Any, settings: PruneConfig, *, precision: str) -> None:
         lengths.append(settings.optimizer.steps)
         time.sleep(0.05 + 0.01 * (settings.optimizer.steps + 1))
 
@@ -141,7 +142,7 @@ def test_a_step_is_timed_without_what_a_training_costs_beside_its_steps(monkeypa
     monkeypatch.setattr(benchmark_pruning, "objective_of", lambda *args: None)
     monkeypatch.setattr(benchmark_pruning, "starting_rotation", lambda *args: None)
     settings = settings_of("prune")
-    step, set_up = time_step(None, settings, 10, CPU)  # type: ignore[arg-type]
+    step, set_up = time_step(SimpleNamespace(precision="highest"), settings, 10, CPU)  # type: ignore[arg-type]
     assert step.milliseconds == pytest.approx(10, rel=0.3)
     assert set_up == pytest.approx(50, rel=0.5)
     assert sorted(set(lengths)) == [1, 11]

@@ -1,0 +1,159 @@
+"""Scores of importances, with their gradients in closed form: no graph is kept over a layer's large weights.
+
+Importances are held as S^T, (d_in, d_out): the inputs, which masks group, lie in the slow dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drotator.config import SparsityConfig
+from drotator.resources import product
+
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""S^T (d_in, d_out) >= 0 -> its score, (), and the slope of the score at every entry, of S's dtype or bool."""
+
+PART = 2**26
+"""Weights that are rotated at once, which bounds the memory of their importances."""
+COMPILED = 2**24
+"""Weights from which on the elementwise work on a GPU is worth compiling into one kernel."""
+
+
+def entropy_score(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Entropies E_i of S normalised along `dim`, summed; dE_i/dS_ij = -(log p_ij + E_i) / Z_i.
+
+    Autograd would meet log 0 where a weight is exactly zero; S log S -> 0 there, and so must its gradient.
+    Source: DenoiseRotator, eq. 5.
+    """
+    Z = S.sum(dim, keepdim=True)
+    Z = Z.masked_fill(Z == 0, torch.inf)  # nothing but zeros: no entropy and no gradient
+    log_p = (S / Z).clamp_min(torch.finfo(S.dtype).tiny).log()
+    E = -(S * log_p).sum(dim, keepdim=True) / Z
+    return E.sum(), -(log_p + E) / Z
+
+
+def removed_score(S: Tensor, sparsity: SparsityConfig) -> tuple[Tensor, Tensor]:
+    """Sum of what a mask chosen by S removes of every group, or of every output; the slope is 1 where it removes."""
+    if sparsity.is_grouped:
+        groups = S.unflatten(0, (-1, sparsity.group))
+        if (sparsity.keep, sparsity.group) == (2, 4):
+            total, threshold = _two_smallest_of_four(groups)
+        else:
+            smallest = groups.topk(sparsity.group - sparsity.keep, dim=1, largest=False).values
+            total, threshold = smallest.sum(), smallest[:, -1]
+        return total, (threshold[:, None] >= groups).flatten(0, 1)
+    removed = round(sparsity.ratio * len(S))
+    if removed == 0:
+        return S.new_zeros(()), torch.zeros_like(S, dtype=torch.bool)
+    threshold = S.kthvalue(removed, dim=0, keepdim=True).values
+    is_below = threshold > S
+    num_at_threshold = removed - is_below.sum(0)  # of equal importances an output loses as many as its mask removes
+    return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), threshold >= S
+
+
+def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the two smallest of (n, 4, m), and the larger of each two: a sorting network beats topk several times."""
+    a, b, c, d = groups.unbind(1)
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
+    second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
+    return torch.minimum(low, low2).sum() + second.sum(), second
+
+
+class _Scored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, score: Score) -> Tensor:
+        value, slope = score(S)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad, None
+
+
+def scored(S: Tensor, score: Score) -> Tensor:
+    """The score of S^T (d_in, d_out), differentiable."""
+    value: Tensor = _Scored.apply(S, score)
+    return value
+
+
+@dataclass(frozen=True)
+class RotatedWeight:
+    """A weight that one side of R1 acts on, and how its importances are scored.
+
+    W: W^T (d_in, d_out) in the dtype of its products with R1. counts: () or (d_out,), what each output counts.
+    writes: whether W^T becomes W^T R1, of a linear that writes into the residual stream, or R1^T W^T, of a reader.
+    by_input: whether the score looks at each input alone, so that parts are made of inputs; otherwise of outputs.
+    """
+
+    W: Tensor
+    counts: Tensor
+    score: Score
+    writes: bool = False
+    by_input: bool = False
+
+
+class _Rotated(torch.autograd.Function):
+    """The gradients are made with the value, part by part, so that only those of R and of the energy are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
+        W, total = weight.W, R.new_zeros(())
+        rotation, G = R.to(W.dtype), torch.zeros_like(R)
+        of_energy = R.new_zeros(len(W))
+        num_parts = math.ceil(W.numel() / PART)
+        for part in torch.arange(W.shape[0 if weight.by_input else 1]).tensor_split(num_parts):
+            span = slice(int(part[0]), int(part[-1]) + 1)
+            rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
+            T = W[rows] @ rotation[:, columns] if weight.writes else rotation[:, rows].mT @ W[:, columns]
+            counts = weight.counts if weight.counts.ndim == 0 else weight.counts[columns]
+            score_part = _compiled_part() if W.is_cuda and T.numel() >= COMPILED else _score_part
+            value, D, found = score_part(T, None if energy is None else energy[rows], counts, weight.score)
+            total += value
+            of_energy[rows] += found
+            if weight.writes:
+                G[:, columns] += product(W[rows], D)
+            else:
+                G[:, rows] += product(W[:, columns].mT, D.mT)
+        ctx.save_for_backward(G, of_energy)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        G, of_energy = ctx.saved_tensors
+        return G * grad, of_energy * grad if ctx.needs_input_grad[1] else None, None
+
+
+def _score_part(T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """Score T^2 * energy * counts. Returns: the score, and its gradients by T, in T's dtype, and by energy."""
+    T32 = T.to(torch.promote_types(T.dtype, torch.float32))
+    squares = T32.square() * counts
+    value, slope = score(squares if energy is None else squares * energy[:, None])
+    slope = slope * counts
+    D = 2 * T32 * slope
+    return value, (D if energy is None else D * energy[:, None]).to(T.dtype), (slope * T32.square()).sum(1)
+
+
+@cache
+def _compiled_part() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(_score_part, dynamic=False)
+    return compiled
+
+
+def rotated_score(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
+    """The score of the importances T^2 * energy * counts, with T the rotated weight. Differentiable by R and energy.
+
+    Args:
+        R: (d, d) float32 or float64. energy: (d_in,), of the inputs, or None.
+    """
+    value: Tensor = _Rotated.apply(R, energy, weight)
+    return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
-from drotator.scores import RotatedWeight, Score, entropy_score, removed_score, rotated_score, scored
+from drotator.scores import RotatedWeight, entropy_along, removal, rotated_score, scored
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(R1, R2) -> scalar float32, differentiable."""
@@ -148,12 +147,12 @@ def _cholesky(H: Tensor) -> Tensor:
 
 def entropy(S: Tensor, dim: int) -> Tensor:
     """Sum over rows (dim=1) or columns (dim=0) of the entropy in nats of S >= 0 normalised in it. Differentiable."""
-    return scored(S, partial(entropy_score, dim=dim))
+    return scored(S, entropy_along(dim))
 
 
 def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
     """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
-    return scored(S.mT, partial(removed_score, sparsity=sparsity))
+    return scored(S.mT, removal((sparsity.ratio, sparsity.keep, sparsity.group)))
 
 
 def build_objective(
@@ -192,8 +191,8 @@ def build_objective(
         down_energy = column_energy(problem.hessians["down"], None, salience, damping)
 
     is_entropy = settings.name == "entropy"
-    by_output: Score = partial(entropy_score, dim=0) if is_entropy else partial(removed_score, sparsity=sparsity)
-    by_input: Score = partial(entropy_score, dim=1) if is_entropy else by_output
+    by_output = entropy_along(0) if is_entropy else removal((sparsity.ratio, sparsity.keep, sparsity.group))
+    by_input = entropy_along(1) if is_entropy else by_output
 
     def counts(name: str) -> Tensor:
         one = norms[name].new_ones(())

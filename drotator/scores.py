@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -56,6 +56,19 @@ def removed_score(S: Tensor, sparsity: SparsityConfig) -> tuple[Tensor, Tensor]:
     is_below = threshold > S
     num_at_threshold = removed - is_below.sum(0)  # of equal importances an output loses as many as its mask removes
     return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), threshold >= S
+
+
+@cache
+def removal(sparsity: tuple[float, int, int]) -> Score:
+    """`removed_score` of (ratio, keep, group). One function for each, as a compiled kernel is one for each function."""
+    ratio, keep, group = sparsity
+    return partial(removed_score, sparsity=SparsityConfig(ratio=ratio, keep=keep, group=group))
+
+
+@cache
+def entropy_along(dim: int) -> Score:
+    """`entropy_score` along `dim`, likewise."""
+    return partial(entropy_score, dim=dim)
 
 
 def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -301,6 +301,7 @@ GPU_SIZES = {
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # torch's, of a thread of autograd
 @pytest.mark.parametrize("kind", ["pruning", "inference"])
 def test_both_kinds_run_on_a_gpu(tmp_path, kind):
     settings = bench_settings(

@@ -96,11 +96,12 @@ def test_the_hosts_peak_covers_what_was_allocated() -> None:
 @pytest.mark.gpu
 def test_the_devices_peak_starts_again_when_it_is_reset() -> None:
     device = torch.device("cuda")
+    held = torch.cuda.memory_allocated(device)  # by tests before
     block = torch.ones(2**22, device=device)
     assert peak_memory(device)["device"] >= block.nbytes
     del block
     reset_peak_memory(device)
-    assert peak_memory(device)["device"] < 2**24
+    assert peak_memory(device)["device"] <= held
 
 
 def test_a_stopwatch_adds_up_by_stage_also_where_a_stage_fails() -> None:

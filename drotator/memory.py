@@ -18,13 +18,15 @@ from drotator.config import PruneConfig
 from drotator.distributed import ALONE, World
 from drotator.offload import LEVELS
 from drotator.resources import free_memory
+from drotator.scores import PART
 from drotator.statistics import MOMENT_ROWS
 
 MARGIN = 1.05
 WORKSPACE = 500_000_000
 """What the libraries of a GPU take beside tensors, and the process beside them on the host."""
-LEARNING = 6.2
-"""Tensors of the objective and its gradient, in float32 copies of the layer's weights."""
+LEARNING = (20, 7)
+"""Float32 matrices of the size of R1 that live in a step (of the optimizer, the gradients, the best iterate, value and
+output), and of the size of the part of the weights that is scored at once."""
 PRUNING = {"magnitude": (1, 5), "wanda": (1, 5), "sparsegpt": (3, 5), "admm": (7, 9), "none": (1, 5)}
 """Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too."""
 SOLVING = (2, 12)
@@ -55,12 +57,19 @@ class MemoryNeeds:
 
 
 def memory_needs(
-    settings: PruneConfig, sizes: LayerSizes, *, layer_parameters: int, vocab_size: int, itemsize: int
+    settings: PruneConfig,
+    sizes: LayerSizes,
+    *,
+    layer_parameters: int,
+    vocab_size: int,
+    itemsize: int,
+    is_gpu: bool = True,
 ) -> MemoryNeeds:
     """Estimate what the run takes, by the model's shape and the settings alone.
 
     Args:
         itemsize: bytes of a weight as it is stored.
+        is_gpu: weights stored in 16 bits are multiplied by R1 in 16 bits, which a CPU does not do.
     """
     d, m, o = sizes.hidden_size, sizes.intermediate_size, sizes.input_size("output")
     calibration, is_rotated = settings.calibration, settings.rotation.name != "none"
@@ -80,7 +89,10 @@ def memory_needs(
     if is_rotated:
         dense = weights + copies + squares
         stages["statistics"] = dense + max(forward, calibration.seqlen * graph)
-        stages["learning"] = dense + round(LEARNING * copies)
+        squares_of_step, parts = LEARNING
+        product = 2 if itemsize == 2 and is_gpu else 4
+        scored = product * layer_parameters + 4 * parts * min(PART, 2 * m * d)
+        stages["learning"] = dense + scored + 4 * squares_of_step * d * d
         stages["merging"] = dense + 8 * (3 * m * d + 4 * d * d)
     if settings.reconstruct.name != "none":
         stages["reconstruction"] = 2 * weights + 6 * copies + tokens * graph
@@ -149,6 +161,7 @@ def plan_memory(settings: PruneConfig, source: ModelSource, device: torch.device
         layer_parameters=sum(tensor.numel() for tensor in layer.state_dict().values()),
         vocab_size=source.config.vocab_size,
         itemsize=source.dtype.itemsize,
+        is_gpu=device.type == "cuda",
     )
     needs = dataclasses.replace(needs, activations=-(-needs.activations // world.size))
     neighbours = world.gather(platform.node()).count(platform.node())

@@ -108,11 +108,10 @@ def test_the_activations_are_those_of_128_windows_of_2048_tokens() -> None:
 def test_a_layer_of_70b_is_pruned_on_a_card_of_24_gb() -> None:
     for rotation in ("none", "per_layer"):
         needs = needs_of("70b", rotation=rotation)
-        stages = {stage: size for stage, size in needs.stages.items() if stage != "learning"}
-        assert max(stages.values()) < 22 * GB
+        assert needs.layer < 22 * GB
         assert needs.pinned + needs.reading < 24 * GB  # of the host's 64 GB
     assert needs_of("70b", pruner="wanda", rotation="none").layer < needs_of("70b", rotation="none").layer
-    assert needs_of("8b").layer < needs_of("70b").layer / 3
+    assert needs_of("8b").layer < needs_of("70b").layer / 2
 
 
 @pytest.mark.parametrize(

@@ -569,7 +569,8 @@ def test_masks_are_weighed_as_the_rotation_is_learned_unless_they_are_grouped(
     for name in (*PRUNERS, "none"):
         for weights, expected in (("auto", auto), ("sensitivity", sensitivity), ("uniform", False)):
             pruner = PrunerConfig(name=name, weights=weights)
-            chosen = dataclasses.replace(settings(), **({"sparsity": SIXTY, "pruner": pruner} | changes))
+            given: dict[str, Any] = {"sparsity": SIXTY, "pruner": pruner} | changes
+            chosen = dataclasses.replace(settings(), **given)
             assert chosen.mask_is_weighed is (expected and name != "none"), (name, weights)
 
 

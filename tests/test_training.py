@@ -101,7 +101,7 @@ def test_training_twice_gives_the_same_bits_and_leaves_the_start_alone(name: str
 @by_name
 @pytest.mark.parametrize("steps", [0, 1, 60])
 def test_coarser_products_still_return_a_rotation_that_is_orthogonal_to_float32(name: str, steps: int) -> None:
-    drifted = Rotation(*(R + 1e-4 * torch.ones_like(R) for R in (START.R1, START.R2)))
+    drifted = Rotation(START.R1 + 1e-4, START.R2 + 1e-4)
     trained, exact = (
         train_rotation(distance_to(far_target()), drifted, settings(name, steps=steps), precision=precision)
         for precision in ("high", "highest")

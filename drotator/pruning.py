@@ -320,7 +320,8 @@ def row_scale(
 ) -> Tensor | None:
     """What the rows of a linear are multiplied by, so that equal errors in them do equal harm to the layer's output.
 
-    Returns: (d_out, 1), > 0: the root of the weight of each output in its present basis. None where all count alike.
+    Returns: (d_out, 1), > 0: the root of the weight of each output in its present basis, as a part of their mean. None
+        where all count alike.
     """
     G = sensitivities.get(name)
     if G is not None and name == context.spec.value:
@@ -328,4 +329,5 @@ def row_scale(
         G = output_weights(G, identity if R2 is None else inverse_transpose(R2.to(G)))
     if G is None or G.ndim == 0:
         return None
-    return G.clamp_min(LEAST_WEIGHT * G.mean()).sqrt()[:, None]
+    parts = G / G.mean().clamp_min(torch.finfo(G.dtype).tiny)  # nothing reads any of them: all count alike
+    return parts.clamp_min(LEAST_WEIGHT).sqrt()[:, None]

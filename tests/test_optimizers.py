@@ -200,6 +200,21 @@ def test_matrix_sign_brings_singular_values_near_one_and_keeps_skew_matrices_ske
     assert torch.equal(matrix_sign(torch.zeros(shape)), torch.zeros(shape))
 
 
+def test_matrix_sign_turns_all_planes_with_a_five_hundredth_of_the_momentum_by_nearly_the_same() -> None:
+    Q = rotation_of((26, 26), 0).double()
+    planes = torch.cat([torch.logspace(0, -2.6, 10), torch.tensor([3e-4, 1e-4, 0.0])]).double()
+    planes /= planes.norm() * math.sqrt(2)  # a plane has its singular value twice
+    blocks = torch.block_diag(*(value * torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double() for value in planes))
+    found = (Q.mT @ matrix_sign((Q @ blocks @ Q.mT).float()).double() @ Q).diagonal(1)[::2]
+    assert planes[9] > 2e-3 / 1.6 and planes[10] < 2e-4
+    is_large = planes > 2e-3
+    assert is_large.sum() >= 8
+    assert found[is_large].min() > 0.86
+    assert found.max() < 1 + 1e-4
+    assert (found[10:12] > 500 * planes[10:12]).all()  # what is smaller still is lifted
+    assert found[12].abs() < 1e-3  # and rounding is not taken for momentum
+
+
 @by_shape
 def test_skew_is_the_antisymmetric_part(shape: tuple[int, ...]) -> None:
     A = noise(shape, 0)

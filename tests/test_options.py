@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pipeline import FRESH, assert_same_run, composed_logits, dense_model
-from tiny_runs import TOKENS, process_environment, report_of, settings
+from tiny_runs import TOKENS, process_environment, report_of, settings, weights
 
 from drotator.artifacts import RunFolder
 from drotator.config import ReconstructConfig, RotationConfig
@@ -171,6 +171,20 @@ def test_solving_and_admm_leave_less_error_than_what_they_start_from(runs):
     for name in ("solve", "admm"):
         linears = [linear for layer in report_of(runs / name)["layers"] for linear in layer["linears"].values()]
         assert {linear["sparsity"] for linear in linears} == {0.5}
+
+
+def test_an_unrotated_run_weighs_its_masks_only_where_it_is_told_to(inputs, tmp_path):
+    for name in ("auto", "uniform", "sensitivity"):
+        given = settings(
+            inputs, pruner={"name": "sparsegpt", "weights": name}, rotation="none", sparsity={"ratio": 0.5}
+        )
+        run_prune(given, tmp_path / name, baseline=False)
+        assert report_of(tmp_path / name)["sparsity_realised"] == 0.5
+    auto, uniform, sensitivity = (weights(tmp_path / name) for name in ("auto", "uniform", "sensitivity"))
+    assert auto.keys() == uniform.keys() == sensitivity.keys()
+    assert all(torch.equal(tensor, uniform[name]) for name, tensor in auto.items())
+    changed = {name.split(".")[-2] for name, tensor in auto.items() if not torch.equal(tensor, sensitivity[name])}
+    assert {"q_proj", "v_proj", "gate_proj"} <= changed
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from drotator.config import (
 from drotator.objectives import with_gradients
 from drotator.pruners import PRUNERS
 from drotator.pruning import (
+    LEAST_WEIGHT,
     DenseLayer,
     LayerContext,
     importances_of_gate,
@@ -35,6 +36,7 @@ from drotator.pruning import (
     objective_of,
     open_layer,
     prune_linears,
+    row_scale,
     starting_rotation,
 )
 from drotator.resources import Stopwatch
@@ -545,3 +547,103 @@ def test_weights_by_sensitivity_are_collected_and_reach_the_objective(family: st
     assert found[1] > 2 * found[0]
     trained = learn_layer(dense, weighted)
     assert trained.objective_after < 0.98 * trained.objective_before
+
+
+# Masks that weigh the outputs by their sensitivities.
+
+
+@pytest.mark.parametrize(
+    ("changes", "auto", "sensitivity"),
+    [
+        ({}, True, True),
+        ({"rotation": RotationConfig(name="shared")}, True, True),
+        ({"rotation": RotationConfig(name="none")}, False, True),
+        ({"objective": ObjectiveConfig(name="entropy")}, False, True),
+        ({"objective": ObjectiveConfig(weights="uniform")}, False, True),
+        ({"sparsity": TWO_OF_FOUR}, False, False),
+    ],
+)
+def test_masks_are_weighed_as_the_rotation_is_learned_unless_they_are_grouped(
+    changes: dict[str, Any], auto: bool, sensitivity: bool
+) -> None:
+    for name in (*PRUNERS, "none"):
+        for weights, expected in (("auto", auto), ("sensitivity", sensitivity), ("uniform", False)):
+            pruner = PrunerConfig(name=name, weights=weights)
+            given: dict[str, Any] = {"sparsity": SIXTY, "pruner": pruner} | changes
+            chosen = dataclasses.replace(settings(), **given)
+            assert chosen.mask_is_weighed is (expected and name != "none"), (name, weights)
+
+
+def test_rows_are_scaled_by_the_root_of_what_their_outputs_count(tmp_path: Path) -> None:
+    context = context_of(tiny_source(tmp_path, "llama"))
+    spec = context.spec
+    noise = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
+    G = {spec.query: torch.logspace(-2, 2, 48), spec.value: noise @ noise.mT, spec.down: torch.tensor(3.0)}
+    random = Rotation.random(context.sizes, torch.Generator().manual_seed(0))
+
+    def squares(name: str, R2: Tensor | None = None) -> Tensor:
+        scale = row_scale(name, context, G, R2)
+        assert scale is not None
+        assert scale.dtype is torch.float32
+        assert scale.shape == (len(linear(context.layer, name).weight), 1)
+        return scale[:, 0].double().square() / scale.square().mean()
+
+    def parts(weights: Tensor) -> Tensor:
+        return weights.double() / weights.double().mean()
+
+    for R2 in (None, random.R2):
+        torch.testing.assert_close(squares(spec.query, R2), parts(G[spec.query]), rtol=1e-5, atol=0)
+        assert row_scale(spec.down, context, G, R2) is None
+        assert row_scale(spec.up, context, G, R2) is None  # nothing is known of it
+    dense = torch.block_diag(*G[spec.value].double())
+    torch.testing.assert_close(squares(spec.value), parts(dense.diagonal()), rtol=1e-5, atol=0)
+    for R2 in (random.R2, stretched(random).R2):
+        undo = torch.linalg.inv(torch.block_diag(*R2)).mT  # an error E' of the merged v is undo E' in the dense one
+        weights = torch.stack([column @ dense @ column for column in undo.T])
+        torch.testing.assert_close(squares(spec.value, R2), parts(weights), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+@pytest.mark.parametrize("dead", ["some", "all"])
+def test_outputs_that_nothing_reads_leave_weights_finite(pruner: str, dead: str, tmp_path: Path) -> None:
+    context = context_of(tiny_source(tmp_path, "llama"))
+    spec = context.spec
+    alive = torch.ones(48) if dead == "some" else torch.zeros(48)
+    alive[::3] = 0
+    G = {spec.query: alive, spec.value: torch.diag_embed(alive[:24].reshape(2, 12)), spec.down: torch.zeros(())}
+    scale = row_scale(spec.query, context, G, None)
+    assert scale is not None
+    assert float(scale.min() / scale.max()) == pytest.approx(1 if dead == "all" else LEAST_WEIGHT**0.5, rel=0.3)
+    results, _ = prune_linears(context, PrunerConfig(name=pruner), SIXTY, None, None, None, G)
+    for name in spec.linears:
+        weight = linear(context.layer, name).weight
+        assert weight.isfinite().all()
+        assert int((weight == 0).sum()) == round(0.6 * weight.numel())
+        assert 0 < results[name].relative_error < 1
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+@pytest.mark.parametrize("solve_steps", [0, 5])
+def test_a_weighed_mask_does_less_harm_where_outputs_matter_differently(
+    pruner: str, solve_steps: int, tmp_path: Path
+) -> None:
+    source = tiny_source(tmp_path, "llama")
+    spec, order = source.spec, torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    G = {spec.query: torch.logspace(-3, 3, 48)[order]}
+    chosen, dense = PrunerConfig(name=pruner, solve_steps=solve_steps), source.layer(0)
+    H = moments(context_of(source), spec.query)
+    harm, errors, layers = [], [], []
+    for sensitivities in ({}, G):
+        context = context_of(source)
+        results, _ = prune_linears(context, chosen, SIXTY, None, None, None, sensitivities)
+        weight = linear(context.layer, spec.query).weight
+        assert int((weight == 0).sum()) == round(0.6 * weight.numel())
+        assert not weight[weight == 0].signbit().any()
+        E = linear(dense, spec.query).weight.double() - weight.double()
+        harm.append(float((G[spec.query].double() * ((E @ H) * E).sum(1)).sum()))
+        errors.append(results[spec.query].relative_error)
+        layers.append(context.layer)
+    assert harm[1] < 0.5 * harm[0]
+    assert errors[1] > errors[0]  # all outputs count alike in what is told
+    for name in (spec.key, spec.value):  # of the same inputs, and nothing weighs them
+        assert torch.equal(*(linear(layer, name).weight for layer in layers))

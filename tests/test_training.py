@@ -98,6 +98,25 @@ def test_training_twice_gives_the_same_bits_and_leaves_the_start_alone(name: str
     assert torch.equal(start.R2, before.R2)
 
 
+@by_name
+@pytest.mark.parametrize("steps", [0, 1, 60])
+def test_coarser_products_still_return_a_rotation_that_is_orthogonal_to_float32(name: str, steps: int) -> None:
+    drifted = Rotation(START.R1 + 1e-4, START.R2 + 1e-4)
+    trained, exact = (
+        train_rotation(distance_to(far_target()), drifted, settings(name, steps=steps), precision=precision)
+        for precision in ("high", "highest")
+    )
+    assert trained.orthogonality == trained.rotation.orthogonality() < 1e-6
+    assert trained.rotation.R1.dtype is trained.rotation.R2.dtype is torch.float32
+    assert len(trained.history) == steps + 1
+    torch.testing.assert_close(trained.rotation.R1, exact.rotation.R1, rtol=0, atol=2e-3)
+    if steps:
+        assert trained.objective_after < trained.objective_before
+    elif name != "adam_qr":  # whose start is a QR factor
+        assert exact.orthogonality > 1e-4
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_several_layers_share_r1_and_train_each_its_own_r2() -> None:
     targets = [Rotation.random(SIZES, torch.Generator().manual_seed(seed)).to(dtype=torch.float32) for seed in (0, 1)]
     near = [torch.linalg.matrix_exp(0.1 * (t.R2 - t.R2.mT)) for t in targets]

@@ -149,8 +149,8 @@ def check_checkpoint(folder: Path) -> list[Path]:
     """Refuse what config.json and the headers of the shards tell is wrong, before anything long starts.
 
     Returns: the shards.
-    Raises: ValueError if the checkpoint is of a newer format or of an unknown model type, a shard is missing or damaged,
-        or a boundary matrix is missing.
+    Raises: ValueError if the checkpoint is of a newer format or an unknown model type, or a shard or a boundary matrix
+        is missing or damaged.
     """
     config = _checked_config(folder)
     files = weight_files(folder)

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import ROOT, TOKENS, drotator, make_inputs, process_environment, settings
+from tiny_runs import ROOT, drotator, make_inputs, process_environment, settings
+from tiny_text import byte_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -67,17 +67,20 @@ def test_lm_evals_own_command_measures_the_folder_as_our_evaluation_does(
     checkpoints: dict[str, Path], hub: str, tmp_path: Path
 ) -> None:
     client = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub")}
+    with_bos = Path(shutil.copytree(checkpoints["shared"], tmp_path / "with_bos"))
+    byte_tokenizer(bos=True).save_pretrained(with_bos)
+    checkpoints = {"per_layer": checkpoints["per_layer"], "shared": with_bos}
     paths = ",".join(map(str, checkpoints.values()))
-    measured = ["eval=zeroshot", "eval.tasks=[piqa]", f"eval.limit={LIMIT}", "eval.batch_size=4", "device=cpu"]
-    ours = drotator("eval", "-m", f"model.path={paths}", *measured, f"hydra.sweep.dir={tmp_path}", cwd=tmp_path, **client)
+    words = [f"model.path={paths}", "eval=zeroshot", "eval.tasks=[piqa]", f"eval.limit={LIMIT}", "eval.batch_size=4"]
+    ours = drotator("eval", "-m", *words, "device=cpu", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path, **client)
     assert (ours.returncode, ours.stderr) == (0, "")
     # The same words as the README's, both at once: reading its index takes lm-eval most of its time.
     started = {}
     for rotation, folder in checkpoints.items():
-        words = f"--model hf --model_args pretrained={folder},trust_remote_code=True --tasks piqa --limit {LIMIT}"
-        words += f" --batch_size 4 --device cpu --output_path {tmp_path / rotation}"
+        command = f"--model hf --model_args pretrained={folder},trust_remote_code=True --tasks piqa --limit {LIMIT}"
+        command += f" --batch_size 4 --device cpu --output_path {tmp_path / rotation}"
         started[rotation] = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_DROTATOR + RUN_LM_EVAL, *words.split()],
+            [sys.executable, "-c", WITHOUT_DROTATOR + RUN_LM_EVAL, *command.split()],
             env=process_environment(**client),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -101,7 +104,7 @@ WITHOUT_DROTATOR = "import sys; sys.modules['drotator'] = None\n"  # importing i
 RUN_LM_EVAL = "import runpy; runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)\n"
 
 
-PEOPLE = WITHOUT_DROTATOR + """
+PEOPLE = """
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,11 +120,12 @@ def load(folder=folder, **given):
 
 @torch.no_grad()
 def logits(model):
-    return model(tokenizer(texts[0], return_tensors="pt").input_ids).logits
+    return model(tokenizer(texts[0], return_tensors="pt").input_ids.to(model.device)).logits
 
 def continued(model, texts, **given):
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    return model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id, **given)[:, -8:]
+    given |= {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    return model.generate(**batch, **given)[:, -8:]
 
 model = load()
 assert "drotator" not in type(model).__module__.split(".")[0]
@@ -159,7 +163,7 @@ def test_transformers_alone_loads_generates_places_and_saves_a_checkpoint(
 ) -> None:
     folder = checkpoints[rotation]
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PEOPLE, str(folder), str(tmp_path), rotation],
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_DROTATOR + PEOPLE, str(folder), str(tmp_path), rotation],
         env=process_environment(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
         cwd=tmp_path,
         capture_output=True,
@@ -331,8 +335,8 @@ def test_a_bad_checkpoint_is_refused_in_one_line_before_anything_is_read_or_writ
     assert stderr.startswith("drotator: ")
     assert said in stderr
     assert files(checkpoint) == before
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".partial") and checkpoint not in path.parents]
-    assert not list(tmp_path.glob("*-sparse24"))
+    assert {path for path in tmp_path.iterdir() if path.name != "run"} == {checkpoint}
+    assert not list(tmp_path.glob("run/**/*.safetensors"))
 
 
 def test_a_checkpoint_that_stands_in_a_new_runs_folder_is_not_replaced(inputs: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class RunFolder:
     ) -> RunFolder:
         """Create the folder with its `parts`, or open one that was made with the same settings.
 
-        Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named).
+        Raises: ValueError if the folder cannot be written, or holds a run with other settings (which are named), or a
+            checkpoint that is no run's.
         """
         run = cls(path, world)
         world.share(lambda: run._begin(settings, parts))
@@ -60,12 +61,17 @@ class RunFolder:
     def _begin(self, settings: dict[str, Any], parts: Sequence[str]) -> None:
         path = self.path
         try:
+            is_new = not (path / "config.yaml").exists()
+            if is_new and self.checkpoint.exists() and (self.checkpoint.is_file() or any(self.checkpoint.iterdir())):
+                raise ValueError(
+                    f"{self.checkpoint} is there already and is not replaced: give another hydra.run.dir=FOLDER."
+                )
             for part in parts:
                 (path / part).mkdir(parents=True, exist_ok=True)
-            if (path / "config.yaml").exists():
-                self._compare(settings)
-            else:
+            if is_new:
                 write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            else:
+                self._compare(settings)
             write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"The run folder {path} cannot be written: {error.strerror or error}.") from error

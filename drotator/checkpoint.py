@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +123,12 @@ def update_metadata(folder: Path, metadata: dict[str, object]) -> None:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Return the "drotator" entry of a checkpoint's config.json, {} if it has none.
 
-    Raises: ValueError if there is no readable config.json, or the entry is of a newer format version.
+    Raises: ValueError if there is no readable config.json, or the entry is damaged or of a newer format version.
     """
     entry = read_json(folder / "config.json").get("drotator", {})
-    version = entry.get("format_version", FORMAT_VERSION)
+    version = entry.get("format_version", FORMAT_VERSION) if isinstance(entry, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{folder / 'config.json'} is damaged: its entry drotator has no format_version.")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"The checkpoint {folder} has format version {version}, but this drotator reads up to {FORMAT_VERSION}: "
@@ -143,6 +145,26 @@ def register_rotated_classes() -> None:
         AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
 
 
+def check_checkpoint(folder: Path) -> list[Path]:
+    """Refuse what config.json and the headers of the shards tell is wrong, before anything long starts.
+
+    Returns: the shards.
+    Raises: ValueError if the checkpoint is of a newer format or an unknown model type, or a shard or a boundary matrix
+        is missing or damaged.
+    """
+    config = _checked_config(folder)
+    files = weight_files(folder)
+    if config["model_type"].startswith(MODEL_TYPE_PREFIX):
+        layers = config.get("boundary_layers")
+        layers = range(config["num_hidden_layers"] - 1) if layers is None else layers
+        missing = {f"model.layers.{index}.boundary.weight" for index in layers}
+        for path in files:
+            with open_shard(path) as stored:
+                missing.difference_update(stored.keys())
+        _refuse_misfits("missing", missing, folder)
+    return files
+
+
 def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str | torch.device = "cpu") -> PreTrainedModel:
     """Load a checkpoint, rotated or plain, in eval mode, and refuse it unless every weight is there and has its place.
 
@@ -153,8 +175,7 @@ def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str | torch.de
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
     Raises: ValueError if the checkpoint is incomplete, damaged, of a newer format, or of an unknown model type.
     """
-    _check_config(folder)
-    weight_files(folder)
+    check_checkpoint(folder)
     with _quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, local_files_only=True, **REPORTED
@@ -170,7 +191,7 @@ def model_with_weights(folder: Path, weights: dict[str, Tensor]) -> PreTrainedMo
         weights: name in the state dict -> tensor, stored in the dtype that config.json names.
     Raises: ValueError if a weight is missing, misshapen or has no place, or the model type is unknown.
     """
-    _check_config(folder)
+    _checked_config(folder)
     with _quiet_transformers():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -187,22 +208,28 @@ REPORTED = {
 }
 
 
-def _check_config(folder: Path) -> None:
+def _checked_config(folder: Path) -> dict[str, Any]:
     register_rotated_classes()
     read_metadata(folder)
-    model_type = read_json(folder / "config.json").get("model_type", "")
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type", "")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"The checkpoint {folder} has model_type '{model_type}', which transformers does not know.")
+    return config
 
 
 def _complete_model(loaded: tuple[PreTrainedModel, dict[str, Any]], folder: Path) -> PreTrainedModel:
     """Return the model of (model, loading info), unless weights are missing, unexpected or of another shape."""
     model, loading = loaded
     for kind in ("missing", "unexpected", "mismatched"):
-        if names := sorted(str(name) for name in loading[f"{kind}_keys"]):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"The checkpoint {folder} does not fit its config.json: {kind} weight {names[0]}{more}.")
+        _refuse_misfits(kind, loading[f"{kind}_keys"], folder)
     return model
+
+
+def _refuse_misfits(kind: str, found: Collection[object], folder: Path) -> None:
+    if names := sorted(str(name) for name in found):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(f"The checkpoint {folder} does not fit its config.json: {kind} weight {names[0]}{more}.")
 
 
 def _checkpoint_config(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from drotator import evaluation
 from drotator.artifacts import versions
-from drotator.checkpoint import read_metadata, weight_files
+from drotator.checkpoint import check_checkpoint, read_metadata
 from drotator.config import EvalCommandConfig, ExportConfig
 from drotator.console import console
 from drotator.fetch import load_tokenizer, resolve_model
@@ -31,10 +31,11 @@ def run_eval(settings: EvalCommandConfig, run_dir: Path) -> float:
     device = choose_device(settings.device)
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = resolve_model(settings.model.path, settings.model.revision)
+    size = sum(file.stat().st_size for file in check_checkpoint(folder))
     tokenizer = load_tokenizer(folder)
     evaluation.prepare(settings.eval, tokenizer)
     if settings.eval.perplexity or settings.eval.tasks:
-        check_evaluation(sum(file.stat().st_size for file in weight_files(folder)), device)
+        check_evaluation(size, device)
     metrics = evaluation.evaluate_checkpoint(
         folder, tokenizer, settings.eval, seed=settings.seed, device=device, dtype=settings.model.dtype
     )

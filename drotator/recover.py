@@ -25,6 +25,7 @@ from drotator.architecture import LAYERS, layer_spec
 from drotator.artifacts import RunFolder, load_tensors, save_tensors, versions
 from drotator.checkpoint import (
     MODEL_TYPE_PREFIX,
+    check_checkpoint,
     load_checkpoint,
     read_metadata,
     update_metadata,
@@ -77,7 +78,7 @@ def run_recover(settings: RecoverCommandConfig, run_dir: Path) -> float:
             logger.info("%s is finished already", run.path)
             report = load_report(run.path)
         else:
-            check_output(run, source)
+            check_room(run, source)
             tokenizer = load_tokenizer(source.folder)
             windows = calibration.calibration_windows(settings.calibration, tokenizer)
             evaluation.prepare(settings.eval, tokenizer)
@@ -109,11 +110,11 @@ class PrunedModel:
     def open(cls, settings: RecoverCommandConfig) -> PrunedModel:
         """Read a checkpoint's config and count its zeros.
 
-        Raises: ValueError for a family without a table entry, quantised or damaged files, a model that is not pruned, a
-            dtype that cannot be trained in, or windows longer than the model's context.
+        Raises: ValueError for a family without a table entry, quantised, newer, incomplete or damaged files, a model
+            that is not pruned, a dtype that cannot be trained in, or windows longer than the model's context.
         """
         folder = resolve_model(settings.model.path, settings.model.revision)
-        config = read_json(folder / "config.json")
+        config, metadata = read_json(folder / "config.json"), read_metadata(folder)
         spec = layer_spec(str(config.get("model_type", "unknown")).removeprefix(MODEL_TYPE_PREFIX), folder)
         if config.get("quantization_config") is not None:
             raise ValueError(f"{folder} holds quantised weights; give the float checkpoint.")
@@ -126,6 +127,7 @@ class PrunedModel:
             )
         layers = range(int(config["num_hidden_layers"]))
         weights = tuple(f"{LAYERS}.{index}.{name}.weight" for index in layers for name in spec.linears)
+        check_checkpoint(folder)
         sparsity = stored_sparsity(folder, weights)
         if sparsity < LEAST_SPARSITY:
             zeros = f"{100 * sparsity:.2f}% zeros in its linears"
@@ -133,7 +135,6 @@ class PrunedModel:
                 f"model.path={settings.model.path} is not pruned ({zeros}), so there is no mask to keep: "
                 "give the checkpoint of a pruning run."
             )
-        metadata = read_metadata(folder)
         return cls(folder=folder, config=config, metadata=metadata, weights=weights, sparsity=sparsity)
 
 
@@ -152,12 +153,9 @@ def stored_sparsity(folder: Path, weights: Sequence[str]) -> float:
     return zeros / size
 
 
-def check_output(run: RunFolder, source: PrunedModel) -> None:
-    """Refuse a checkpoint folder that is not this run's own, and a disk without room for the new checkpoint."""
-    is_own = (run.path / STATE).exists()
-    if not is_own and run.checkpoint.exists() and (not run.checkpoint.is_dir() or any(run.checkpoint.iterdir())):
-        raise ValueError(f"{run.checkpoint} is there already and is not replaced: give another hydra.run.dir=FOLDER.")
-    if not is_own:
+def check_room(run: RunFolder, source: PrunedModel) -> None:
+    """Refuse a disk without room for the new checkpoint."""
+    if not (run.path / STATE).exists():
         check_disk_space(run.path, int(DISK_MARGIN * sum(path.stat().st_size for path in weight_files(source.folder))))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drotator.architecture import LAYERS, layer_spec
-from drotator.checkpoint import COPIED_FILES, MODEL_TYPE_PREFIX, model_with_weights, weight_files, write_shards
+from drotator.checkpoint import COPIED_FILES, MODEL_TYPE_PREFIX, check_checkpoint, model_with_weights, write_shards
 from drotator.folders import (
     check_output_folder,
     copy_files,
@@ -168,7 +168,7 @@ def export_sparse24(
     check_output_folder(output, overwrite=overwrite, holds=INDEX_NAME)
     config = read_json(checkpoint / "config.json")
     linears = _pruned_linears(config, checkpoint)
-    files = weight_files(checkpoint)
+    files = check_checkpoint(checkpoint)
     sizes = Sizes()
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     with new_folder(output) as partial:

@@ -3,7 +3,8 @@
 # Expected: the values in README.md within 3%. Cost on one H100: 1 to 2 minutes a run for perplexity; zero-shot tasks
 # (eval=full) wait for the device at every question, so run those one at a time: beside three others each took 8 minutes.
 # Usage: [JOBS=3] scripts/smollm2_table.sh PART FOLDER [overrides for every run]
-#   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds), or all
+#   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds),
+#   fifty (what helps at 50%), or all
 set -euo pipefail
 part=$1
 export folder=$2
@@ -38,13 +39,24 @@ ours() {
 }
 
 seeds() {
-    for seed in 1 2; do
-        echo "sparsegpt-2of4-per_layer-seed$seed eval=perplexity calibration.seed=$seed"
-        echo "sparsegpt-2of4-none-seed$seed eval=perplexity rotation=none calibration.seed=$seed"
+    for seed in 0 1 2; do
+        echo "sparsegpt-2of4-per_layer-seed$seed eval=perplexity model.dtype=bfloat16 calibration.seed=$seed"
+        echo "sparsegpt-2of4-none-seed$seed eval=perplexity model.dtype=bfloat16 rotation=none calibration.seed=$seed"
     done
 }
 
-all() { paper && ours && seeds; }
+fifty() {
+    local words="eval=perplexity eval.perplexity=[wikitext2] model.dtype=bfloat16 sparsity=50"
+    echo "sparsegpt-50-per_layer-uniform eval=perplexity sparsity=50 pruner.weights=uniform"
+    echo "sparsegpt-50-per_layer-bfloat16 $words"
+    echo "sparsegpt-50-per_layer-cold $words optimizer.warm_start=false"
+    echo "sparsegpt-50-none-weighed $words rotation=none pruner.weights=sensitivity"
+    echo "admm-50-per_layer $words pruner=admm"
+    echo "sparsegpt-50-entropy-bfloat16 $words objective=entropy optimizer=riemannian_adam"
+    echo "sparsegpt-50-entropy-0.03 $words objective=entropy optimizer=riemannian_adam optimizer.learning_rate=0.03"
+}
+
+all() { paper && ours && seeds && fifty; }
 
 run() {
     local name=$1

@@ -139,6 +139,15 @@ class RunFolder:
             write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
+def folder_to_use(resume: str, run_dir: Path, world: World = ALONE) -> Path:
+    """The folder of the run to go on with, or `run_dir` for a new one. Raises: ValueError if there is no such run."""
+    if not resume:
+        return run_dir
+    if not world.share((Path(resume) / "config.yaml").exists):
+        raise ValueError(f"resume={resume}: there is no run (no config.yaml) in that folder.")
+    return Path(resume)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)

@@ -175,6 +175,11 @@ class ObjectiveConfig:
         _one_of("objective.salience", self.salience, SALIENCES)
         _one_of("objective.weights", self.weights, WEIGHTS)
 
+    @property
+    def is_weighed(self) -> bool:
+        """Whether it reads the sensitivities of a layer's outputs: the entropy adds up no errors."""
+        return (self.name, self.weights) == ("pruning_error", "sensitivity")
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -261,7 +266,19 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class PruneConfig:
+class MethodConfig:
+    """The model, and what is done to its layers."""
+
+    model: ModelConfig
+    pruner: PrunerConfig
+    sparsity: SparsityConfig
+    rotation: RotationConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneConfig(MethodConfig):
     """Settings of `drotator prune`.
 
     device: auto, cpu, cuda or cuda:N. offload: where the activations of the calibration set are kept: device, host
@@ -270,12 +287,6 @@ class PruneConfig:
     sweep).
     """
 
-    model: ModelConfig
-    pruner: PrunerConfig
-    sparsity: SparsityConfig
-    rotation: RotationConfig
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
     calibration: CalibrationConfig
     eval: EvalConfig
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
@@ -298,8 +309,7 @@ class PruneConfig:
             return False
         if self.pruner.weights != "auto":
             return self.pruner.weights == "sensitivity"
-        objective = self.objective
-        return self.rotation.name != "none" and (objective.name, objective.weights) == ("pruning_error", "sensitivity")
+        return self.rotation.name != "none" and self.objective.is_weighed
 
     def _check_invertible_map(self) -> None:
         """Refuse what a map that stretches makes meaningless: a QR factor, an importance that sees no inputs, and the
@@ -456,19 +466,13 @@ class BenchOptions:
 
 
 @dataclass(kw_only=True, slots=True)
-class BenchConfig:
+class BenchConfig(MethodConfig):
     """Settings of `drotator bench`: the model gives the shapes, and its weights, like all tokens, are random.
 
     kind: pruning: rotation step, Hessians, pruner and whole pipeline; inference: a layer dense, 2:4 and with boundary.
     calibration: how many tokens the pipeline calibrates on; its text is not read.
     """
 
-    model: ModelConfig
-    pruner: PrunerConfig
-    sparsity: SparsityConfig
-    rotation: RotationConfig
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     bench: BenchOptions = field(default_factory=BenchOptions)
     kind: str = "pruning"

@@ -35,7 +35,7 @@ def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], 
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        logger.info("the optimizer runs without a CUDA graph (%s)", str(error).splitlines()[0])
+        logger.info("it runs without a CUDA graph (%s)", str(error).splitlines()[0])
         run = step
     for tensor, before in zip(state, saved, strict=True):
         tensor.copy_(before)

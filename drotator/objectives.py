@@ -145,16 +145,6 @@ def _cholesky(H: Tensor) -> Tensor:
     return torch.where(info == 0, factor, torch.nan)
 
 
-def entropy(S: Tensor, dim: int) -> Tensor:
-    """Sum over rows (dim=1) or columns (dim=0) of the entropy in nats of S >= 0 normalised in it. Differentiable."""
-    return scored(S, entropy_along(dim))
-
-
-def removed_importance(S: Tensor, sparsity: SparsityConfig) -> Tensor:
-    """Sum the importance that a mask chosen by S removes of every group, or of every row. S: (d_out, d_in)."""
-    return scored(S.mT, removal((sparsity.ratio, sparsity.keep, sparsity.group)))
-
-
 def build_objective(
     settings: ObjectiveConfig,
     salience: str,
@@ -191,7 +181,7 @@ def build_objective(
         down_energy = column_energy(problem.hessians["down"], None, salience, damping)
 
     is_entropy = settings.name == "entropy"
-    by_output = entropy_along(0) if is_entropy else removal((sparsity.ratio, sparsity.keep, sparsity.group))
+    by_output = entropy_along(0) if is_entropy else removal(sparsity)
     by_input = entropy_along(1) if is_entropy else by_output
 
     def counts(name: str) -> Tensor:
@@ -207,7 +197,6 @@ def build_objective(
         W["down"].to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
     )
     value, output = W["value"].mT.contiguous(), W["output"].mT.contiguous()
-    of_output = problem.hessians.get("output")
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
@@ -218,10 +207,10 @@ def build_objective(
         return None if salience == "magnitude" else rotated_energy(moments[inputs], R, salience)
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
-        if value_map == "orthogonal" or of_output is None:
+        if value_map == "orthogonal":
             return energy("output", torch.block_diag(*R2_of_queries))
         # H is damped in the basis that the pruner sees, which only an orthogonal map makes the same as in any other.
-        half = rotate_value_rows(of_output, R2_of_queries)
+        half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
 
     def evaluate(R1: Tensor, R2: Tensor) -> Tensor:

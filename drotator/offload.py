@@ -43,17 +43,15 @@ class Batches(Sequence[Tensor]):
     def __init__(self, device: torch.device, offload: Offload = ON_DEVICE, batches: Iterable[Tensor] = ()) -> None:
         self.device, self.offload = device, offload
         self.kept: list[Tensor | _File] = []
-        self.num_windows: list[int] = []
         for batch in batches:
             self.append(batch)
 
     def append(self, batch: Tensor) -> None:
         self.kept.append(self._keep(batch))
-        self.num_windows.append(len(batch))
 
     def copy(self) -> Batches:
         other = self.empty()
-        other.kept, other.num_windows = list(self.kept), list(self.num_windows)
+        other.kept = list(self.kept)
         return other
 
     def empty(self) -> Batches:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drotator import calibration, evaluation
 from drotator.architecture import LAYERS, LayerSpec, ModelSource, linear
-from drotator.artifacts import RunFolder, versions
+from drotator.artifacts import RunFolder, folder_to_use, versions
 from drotator.checkpoint import update_metadata
 from drotator.config import PruneConfig, RotationConfig, describe
 from drotator.console import progress
@@ -76,10 +76,7 @@ def run_prune(settings: PruneConfig, run_dir: Path, *, baseline: bool) -> float:
     Raises: ValueError for what cannot work, before anything long starts. RuntimeError for what goes wrong on the way.
     """
     world = World.current()
-    if settings.resume:
-        run_dir = Path(settings.resume)
-        if not world.share((run_dir / "config.yaml").exists):
-            raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
+    run_dir = folder_to_use(settings.resume, run_dir, world)
     planned = [(settings, RunFolder.open(run_dir, describe(settings), world))]
     if baseline:
         unrotated = dataclasses.replace(settings, rotation=RotationConfig(name="none"))
@@ -338,10 +335,11 @@ def learn_shared_rotation(
             advance("")
     logger.info("learning one R1 for %d layers in %d steps", len(group), settings.optimizer.steps)
     with watch.measure("rotate"):
-        start = starting_rotation(store.problem(0), len(group), settings, previous_rotation(run, group[0], settings))
-        trained = learn_rotation(
-            store, start, settings, job.world, can_capture=store.is_resident, precision=store.problem(0).precision
-        )
+        first = store.problem(0)
+        start = starting_rotation(first, len(group), settings, previous_rotation(run, group[0], settings))
+        precision = first.precision
+        del first  # it may have been read for this alone
+        trained = learn_rotation(store, start, settings, job.world, can_capture=store.is_resident, precision=precision)
         identity = Rotation.identity(job.source.sizes, job.device)
         learned = []
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
@@ -404,8 +402,7 @@ def prune_layer(
     elif settings.mask_is_weighed:
         sensitivities = context.sensitivities(settings.seed)
     R1, R2 = (merged.R1, merged.R2) if merged else (None, None)
-    seen = sensitivities if settings.mask_is_weighed else {}
-    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2, seen)
+    linears, raised = prune_linears(context, settings.pruner, settings.sparsity, R1, known, R2, sensitivities)
     reconstruction = {}
     if settings.reconstruct.name != "none":
         context.stream.attention = None  # it is tuned too

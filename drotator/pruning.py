@@ -6,7 +6,8 @@ Every function takes a dense or merged layer and typed settings; the loop over l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -47,6 +48,17 @@ LEAST_WEIGHT = 1e-6
 """Of an output, as a part of the mean: an output that nothing reads would else be divided by zero."""
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say of what a RuntimeError is. A device that is out of memory is left as it is: the pipeline answers it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"{what}: {error}") from error
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """A layer on its way through the pipeline: the module, its place, and the activations that enter it."""
@@ -78,7 +90,7 @@ class LayerContext:
 class DenseLayer:
     """A layer with folded norms before it is rotated. weights: as `fold_norms` returns them.
 
-    sensitivities: by module name, where the objective or the pruner's mask reads them.
+    sensitivities: by module name, where the pruner's mask weighs the outputs by them; else empty.
     """
 
     context: LayerContext
@@ -105,13 +117,14 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
         reorder_intermediate(layer, spec, weights, order)
         if "down" in hessians:
             hessians["down"] = hessians["down"][order][:, order]
-    objective_reads = settings.objective.name == "pruning_error" and settings.objective.weights == "sensitivity"
-    sensitivities = context.sensitivities(settings.seed) if objective_reads or settings.mask_is_weighed else {}
+    by_objective, by_mask = settings.objective.is_weighed, settings.mask_is_weighed
+    sensitivities = context.sensitivities(settings.seed) if by_objective or by_mask else {}
     stored = linear(layer, spec.gate).weight
     products = torch.bfloat16 if stored.is_cuda and stored.itemsize == 2 else None  # a CPU has no faster ones
-    seen = sensitivities if objective_reads else {}
-    problem = LayerProblem.of_layer(weights, spec, context.sizes, hessians, seen, products)
-    return DenseLayer(context, weights, problem, order, sensitivities)
+    problem = LayerProblem.of_layer(
+        weights, spec, context.sizes, hessians, sensitivities if by_objective else {}, products
+    )
+    return DenseLayer(context, weights, problem, order, sensitivities if by_mask else {})
 
 
 def importance(W: Tensor, H: Tensor | None, R: Tensor | None, settings: PruneConfig) -> Tensor:
@@ -192,16 +205,12 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
     """
     context = dense.context
     with context.watch.measure("rotate"):
-        try:
+        with naming(f"Layer {context.index}"):
             start = starting_rotation(dense.problem, 1, settings, previous)
             objective = objective_of(dense.problem, settings)
             trained = learn_rotation(
                 [objective], start, settings, context.stream.world, precision=dense.problem.precision
             )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(f"Layer {context.index}: {error}") from error
         with torch.no_grad():
             identity = Rotation.identity(context.sizes, context.stream.device)
             before = float(objective(identity.R1, identity.R2))
@@ -278,12 +287,8 @@ def prune_linear(
     module, damping = linear(context.layer, name), 0.0
     W = module.weight.to(torch.float32, copy=True)
     if pruner.name != "none":
-        try:
+        with naming(f"Layer {context.index}, {name}"):
             weight, damping = prune_weight(W, H, scale, sparsity, pruner, context.stream.world)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as failure:
-            raise RuntimeError(f"Layer {context.index}, {name}: {failure}") from failure
         module.weight.copy_(weight)
         del weight
     before, after = W, module.weight.float()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drotator import calibration, evaluation
 from drotator.architecture import LAYERS, layer_spec
-from drotator.artifacts import RunFolder, load_tensors, save_tensors, versions
+from drotator.artifacts import RunFolder, folder_to_use, load_tensors, save_tensors, versions
 from drotator.checkpoint import (
     MODEL_TYPE_PREFIX,
     check_checkpoint,
@@ -65,10 +65,7 @@ def run_recover(settings: RecoverCommandConfig, run_dir: Path) -> float:
     Returns: what a sweep would minimise: the first perplexity, or minus the zero-shot mean, nan if nothing is measured.
     Raises: ValueError for what cannot work, before anything long starts. RuntimeError for what goes wrong on the way.
     """
-    if settings.resume:
-        run_dir = Path(settings.resume)
-        if not (run_dir / "config.yaml").exists():
-            raise ValueError(f"resume={settings.resume}: there is no run (no config.yaml) in that folder.")
+    run_dir = folder_to_use(settings.resume, run_dir)
     device = choose_device(settings.device)
     watch = Stopwatch(device)
     with watch.measure("load"):

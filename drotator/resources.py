@@ -67,6 +67,13 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has, or the machine for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that can still be taken: of the GPU, or of the machine within the job's control group."""
     if device.type == "cuda":
@@ -81,7 +88,7 @@ def _available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return memory_of(torch.device("cpu"))
 
 
 def _left_to_the_job(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -23,7 +23,8 @@ class LinearResult:
 class LayerResult:
     """What happened to one decoder layer.
 
-    orthogonality: max |R^T R - I| over the layer's rotations as trained, before the last polish in float64.
+    orthogonality: max |R^T R - I| over the layer's rotations as training returned them: before the last polish in
+        float64, but after the one that training in rounded products ends with.
     objective_history: the objective at every step, `objective_before` first. Empty without rotation.
     reconstruction: relative error of the layer's output before and after its weights were tuned, where they were.
     damping: the damping used for each Hessian, as a part of its mean diagonal, where it had to be raised.

@@ -58,10 +58,13 @@ def removed_score(S: Tensor, sparsity: SparsityConfig) -> tuple[Tensor, Tensor]:
     return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), threshold >= S
 
 
+def removal(sparsity: SparsityConfig) -> Score:
+    """`removed_score` of a sparsity: one function for each, as a compiled kernel is one for each function."""
+    return _removal(sparsity.ratio, sparsity.keep, sparsity.group)
+
+
 @cache
-def removal(sparsity: tuple[float, int, int]) -> Score:
-    """`removed_score` of (ratio, keep, group). One function for each, as a compiled kernel is one for each function."""
-    ratio, keep, group = sparsity
+def _removal(ratio: float, keep: int, group: int) -> Score:
     return partial(removed_score, sparsity=SparsityConfig(ratio=ratio, keep=keep, group=group))
 
 

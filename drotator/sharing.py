@@ -6,7 +6,6 @@ comes, so that memory does not grow with the number of layers.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from drotator.artifacts import save_tensors
 from drotator.config import PruneConfig
 from drotator.objectives import LayerProblem, Objective
 from drotator.pruning import objective_of
+from drotator.resources import memory_of
 
 DEVICE_SHARE = 0.25
 """Part of the device's memory that may be filled with the problems of layers."""
@@ -87,10 +87,3 @@ def problem_of(tensors: dict[str, Tensor], sizes: LayerSizes, products: torch.dt
         part, _, name = key.partition(".")
         parts[part][name] = tensor
     return LayerProblem(parts["weights"], parts["hessians"], sizes, parts["sensitivities"], products)
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has, or the machine for the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

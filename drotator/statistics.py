@@ -119,11 +119,6 @@ class ActivationStream:
         with kept, float32_products("high"):
             return hidden_states(layer(rotated(hidden, R1), **self.arguments(hidden, index)))
 
-    def batches(self, index: int, R1: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield the inputs of layer `index`, and the keyword arguments it is called with."""
-        for hidden in self.hidden:
-            yield rotated(hidden, R1), self.arguments(hidden, index)
-
     def arguments(self, hidden: Tensor, index: int) -> dict[str, Any]:
         """Keyword arguments with which the model calls layer `index` for this batch."""
         return self.calls[len(hidden)].per_layer[index]

@@ -60,6 +60,7 @@ def train_rotation(
     best = [optimizer.rotation().clone() for optimizer in optimizers]
     device = start.R1.device
     best_loss = torch.full((), torch.inf, device=device)
+    # The warm-up of a CUDA graph takes steps too, and writes what they find.
     history = torch.full((max(settings.steps, WARM_UP_CALLS) + 1,), torch.nan, device=device)
     step = torch.zeros((1,), dtype=torch.int64, device=device)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import make_inputs
+from tiny_runs import HUB, make_inputs, serving
 
 torch.set_num_threads(1)
 
@@ -18,6 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """Address of a loopback hub with the real data sets."""
+    if not (HUB / "serve.py").is_file():
+        pytest.skip(f"no loopback hub at {HUB}")
+    with serving() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

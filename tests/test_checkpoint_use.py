@@ -14,7 +14,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import ROOT, drotator, make_inputs, process_environment, settings
+from tiny_runs import drotator, make_inputs, process_environment, settings
 from tiny_text import byte_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -23,7 +23,6 @@ from drotator import cli, modeling_rotated
 from drotator.checkpoint import load_checkpoint, write_checkpoint
 from drotator.pipeline import run_prune
 
-HUB = ROOT.parent / "shared" / "hub"
 ROTATIONS = ("per_layer", "shared")
 rotations = pytest.mark.parametrize("rotation", ROTATIONS)
 
@@ -46,19 +45,6 @@ def checkpoints(inputs: Path) -> dict[str, Path]:
 
 
 LIMIT = 200
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    """Address of a loopback hub with the real data sets."""
-    if not (HUB / "serve.py").is_file():
-        pytest.skip(f"no loopback hub at {HUB}")
-    server = subprocess.Popen([sys.executable, str(HUB / "serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    yield server.stdout.readline().strip()
-    server.terminate()
-    server.wait()
-    server.stdout.close()
 
 
 @pytest.mark.slow

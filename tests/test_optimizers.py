@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from drotator.objectives import entropy
 from drotator.optimizers import (
     FLOOR,
     GROUPS,
@@ -25,6 +24,7 @@ from drotator.optimizers import (
     stretch,
 )
 from drotator.rotation import eye_like
+from drotator.scores import entropy_along, scored
 
 SHAPES = [(12, 12), (3, 5, 5)]
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -177,7 +177,7 @@ def test_riemannian_adam_reaches_a_lower_entropy_in_half_the_steps_of_adam_qr() 
         losses = []
         for step in range(steps):
             R = optimizer.rotation().clone().requires_grad_()
-            loss = entropy((W @ R).square(), 1)
+            loss = scored((W @ R).square(), entropy_along(1))
             losses.append(float(loss.detach()))
             optimizer.update(torch.autograd.grad(loss, R)[0], torch.tensor(step / steps))
         reached[name] = min(losses)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, tiny_source
+from tiny_models import calls_of, families, some_tokens, tiny_source
 from torch import Tensor, nn
 
 from drotator import permutation
@@ -147,7 +147,7 @@ def test_of_many_outputs_a_sample_decides_for_all(sparsity: SparsityConfig, monk
 @torch.no_grad()
 def outputs_of(layer: nn.Module, source: ModelSource) -> Tensor:
     stream = ActivationStream.start(source, some_tokens(), 2, torch.device("cpu"))
-    return torch.cat([hidden_states(layer(hidden, **kwargs)) for hidden, kwargs in stream.batches(0, None)])
+    return torch.cat([hidden_states(layer(hidden, **kwargs)) for hidden, kwargs in calls_of(stream, 0, None)])
 
 
 def with_mlp_biases(layer: nn.Module, names: tuple[str, ...]) -> None:

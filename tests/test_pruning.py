@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, stretched, tiny_source
+from tiny_models import calls_of, families, some_tokens, stretched, tiny_source
 from torch import Tensor
 
 from drotator.architecture import ModelSource, hidden_states, linear
@@ -87,7 +87,7 @@ def moments(context: LayerContext, name: str, R1: Tensor | None = None) -> Tenso
     gathered: list[Tensor] = []
     module = linear(context.layer, name)
     handle = module.register_forward_pre_hook(lambda _, args: gathered.append(args[0].flatten(0, 1).double()))
-    for hidden, kwargs in context.stream.batches(context.index, R1):
+    for hidden, kwargs in calls_of(context.stream, context.index, R1):
         context.layer(hidden, **kwargs)
     handle.remove()
     X = torch.cat(gathered).T
@@ -96,7 +96,7 @@ def moments(context: LayerContext, name: str, R1: Tensor | None = None) -> Tenso
 
 @torch.no_grad()
 def outputs(context: LayerContext, R1: Tensor | None = None) -> Tensor:
-    batches = context.stream.batches(context.index, R1)
+    batches = calls_of(context.stream, context.index, R1)
     return torch.cat([hidden_states(context.layer(hidden, **kwargs)) for hidden, kwargs in batches])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, tiny_source
+from tiny_models import calls_of, families, some_tokens, tiny_source
 from torch import Tensor, nn
 
 from drotator import reconstruction
@@ -67,7 +67,7 @@ def tune(
 @torch.no_grad()
 def error_by_hand(layer: nn.Module, stream: ActivationStream, R1: Tensor | None = None) -> float:
     """Mean of |y - target|^2 / |target|^2 over all tokens at once, float64, in the basis of the dense model."""
-    outputs = [hidden_states(layer(hidden, **kwargs)).double() for hidden, kwargs in stream.batches(INDEX, R1)]
+    outputs = [hidden_states(layer(hidden, **kwargs)).double() for hidden, kwargs in calls_of(stream, INDEX, R1)]
     y, target = torch.cat(outputs), torch.cat(list(stream.dense)).double()
     if R1 is not None:
         y = y @ R1.double().mT
@@ -289,7 +289,7 @@ def test_every_token_counts_by_its_relative_error(tmp_path: Path) -> None:
         layer, stream = pruned_layer(source)
         stream.dense[0][0, 0] *= scale  # one token is as large as such tokens are
         tune(layer, source, stream)
-        outputs = [hidden_states(layer(hidden, **kwargs)).detach() for hidden, kwargs in stream.batches(INDEX, None)]
+        outputs = [hidden_states(layer(hidden, **kwargs)).detach() for hidden, kwargs in calls_of(stream, INDEX, None)]
         rest = slice(1, None)
         y, target = (torch.cat(list(part))[rest].double() for part in (outputs, stream.dense))
         found.append(float(((y - target).square().sum(-1) / target.square().sum(-1)).mean()))

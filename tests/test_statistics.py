@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import families, some_tokens, tiny_model, tiny_source
+from tiny_models import calls_of, families, some_tokens, tiny_model, tiny_source
 from torch import Tensor
 
 from drotator import statistics
@@ -216,7 +216,7 @@ def exact_sensitivities(source: ModelSource, layer: Any, stream: ActivationStrea
         linear(layer, name).register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
     found: dict[str, Tensor] = {}
     num_tokens = 0
-    for hidden, kwargs in stream.batches(index, None):
+    for hidden, kwargs in calls_of(stream, index, None):
         y = hidden_states(layer(hidden.detach().requires_grad_(), **kwargs))
         num_tokens += y.shape[0] * y.shape[1]
         for value in y.flatten():
@@ -285,7 +285,7 @@ def test_the_dense_stream_is_what_the_dense_layers_make_of_its_inputs(tmp_path: 
 
 def outputs_of(layer: Any, stream: ActivationStream, index: int) -> list[Tensor]:
     with torch.no_grad():
-        return [hidden_states(layer(hidden, **kwargs)) for hidden, kwargs in stream.batches(index, None)]
+        return [hidden_states(layer(hidden, **kwargs)) for hidden, kwargs in calls_of(stream, index, None)]
 
 
 def test_dense_goes_on_by_the_inputs_that_are_given_and_alone(tmp_path: Path) -> None:

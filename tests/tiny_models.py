@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from drotator.architecture import FAMILIES, ModelSource
 from drotator.rotation import Rotation
+from drotator.statistics import ActivationStream, rotated
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -77,6 +79,12 @@ def without_float32(model: Any) -> Any:
             if child.__class__.__name__.endswith("RMSNorm"):
                 setattr(module, name, Float64Norm(child))
     return model
+
+
+def calls_of(stream: ActivationStream, index: int, R1: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Inputs of layer `index`, batch by batch, in the basis of R1, and the keyword arguments it is called with."""
+    for hidden in stream.hidden:
+        yield rotated(hidden, R1), stream.arguments(hidden, index)
 
 
 def stretched(rotation: Rotation, condition: float = 20) -> Rotation:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from drotator.config import (
     SparsityConfig,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+HUB = ROOT.parent / "shared" / "hub"
 TOKENS = torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(1))
 
 WORDS = [
@@ -121,6 +124,18 @@ def drotator(*words: str, cwd: Path, timeout: float = 300, **environment: str) -
         check=False,
         timeout=timeout,
     )
+
+
+@contextmanager
+def serving(*roots: Path) -> Iterator[str]:
+    """Serve the loopback hub, and what is in `roots`; gives its address."""
+    words = [str(HUB / "serve.py"), "--port", "0", *(word for root in roots for word in ("--root", str(root)))]
+    server = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield server.stdout.readline().strip()
+    server.terminate()
+    server.wait()
+    server.stdout.close()
 
 
 def weights(run: Path) -> dict[str, Tensor]:

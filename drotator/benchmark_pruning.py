@@ -192,7 +192,7 @@ def bench_updates(bench: Bench) -> None:
         timing = time_call(lambda: optimizer.update(G, half), device)
         name = f"update of R1, {given.optimizer.name}"
         bench.add(name, timing, bounds.rotation_update(sizes), optimizer=given.optimizer.name)
-        bench.add("retraction of R1", time_call(lambda: retract(R, U), device), bounds.retraction(sizes))
+        bench.add("retraction of R1", time_call(lambda: retract(R, U, 0.05), device), bounds.retraction(sizes))
 
 
 class _Reader(nn.Module):

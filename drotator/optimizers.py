@@ -14,12 +14,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from drotator.rotation import inverse_transpose, polar
+from drotator.resources import product
+from drotator.rotation import eye_like, inverse_transpose
 
-RETRACTION_STEPS = 2
 MAX_STEP = 0.7
+"""Largest |U|_2 of a step R <- R - R U, inside the basin of the retraction."""
+DRIFT = 1e-3
+"""|R^T R - I|_2 that a retraction may leave; the next one takes it up."""
 FLOOR = 0.05
 """The least singular value of an invertible map, where that of the identity is 1."""
+SMALLEST, SIGN_LIMIT = 0.02, 1.094
+QUINTICS = ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107))
+"""a x + b x^3 + c x^5, each with the least largest |1 - p(x)| on what the one before makes of [SMALLEST, 1]; the last
+leaves [2 - SIGN_LIMIT, SIGN_LIMIT]. Greedy choice is optimal: Polar Express, Amsel et al., arXiv 2505.16932."""
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
 
@@ -44,11 +51,11 @@ class RotationOptimizer(Protocol):
 class Group:
     """A group of matrices: which directions U lead along it from R, and where a step R <- R - R U ends.
 
-    project: the nearest direction to A, (..., n, n). step: (R, U) -> the next R, for a U of any size.
+    project: the nearest direction to A, (..., n, n). step: (R, U, size) -> the next R, for |U|_2 <= size <= MAX_STEP.
     """
 
     project: Callable[[Tensor], Tensor]
-    step: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[[Tensor, Tensor, float], Tensor]
 
 
 class AdamQR:
@@ -89,8 +96,7 @@ class RiemannianAdam:
     Omega = (R^T G - G^T R) / 2; the second moment is symmetric, so the step U stays skew; R <- polar(R - R U).
     An invertible map takes Omega = R^T G, and R <- R - R U is kept well-conditioned instead.
     All n (n - 1) / 2 planes are treated alike, where Adam on a QR factor favours the first columns.
-    Adam's first steps are signs, whose spectral norm can be far above that of noise: a step is cut to MAX_STEP, inside
-    the basin of the retraction.
+    Adam's first steps are signs, whose spectral norm can be far above that of noise: a step is cut to MAX_STEP.
     """
 
     can_capture = True
@@ -116,13 +122,13 @@ class RiemannianAdam:
 
     def update(self, G: Tensor, progress: Tensor) -> None:
         self.step.add_(1)
-        omega = self.group.project(self.R.mT @ G)
+        omega = self.group.project(rounded_product(self.R.mT, G))
         beta1, beta2 = self.betas
         self.first.lerp_(omega, 1 - beta1)
         self.second.lerp_(omega.square(), 1 - beta2)
         corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(G.dtype).tiny)
         U = self.first / corrected * (cosine(self.learning_rate, progress) / (1 - beta1**self.step))
-        self.R.copy_(self.group.step(self.R, U))
+        self.R.copy_(self.group.step(self.R, cut(U), MAX_STEP))
 
 
 class Spectral:
@@ -147,13 +153,12 @@ class Spectral:
         return self.R
 
     def update(self, G: Tensor, progress: Tensor) -> None:
-        R = self.R
-        omega = self.group.project(R.mT @ G)
-        size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
+        omega = self.group.project(rounded_product(self.R.mT, G))
+        size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
         self.average.lerp_(omega / size, 1 - self.momentum)
-        U = self.group.project(matrix_sign(self.average))
-        angle = cosine(self.learning_rate, progress).clamp_max(MAX_STEP)
-        self.R.copy_(self.group.step(R, angle.tan() * U))
+        largest = min(math.tan(min(self.learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
+        turn = cosine(self.learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)
+        self.R.copy_(self.group.step(self.R, turn * matrix_sign(self.average), largest * SIGN_LIMIT))
 
 
 OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
@@ -164,37 +169,48 @@ OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
 """(R, learning_rate, value_map="orthogonal") -> the optimizer that starts at R."""
 
 
-def retract(R: Tensor, U: Tensor) -> Tensor:
-    """Return the orthogonal polar factor of R - R U for a skew U, (..., n, n), cut to a spectral norm of MAX_STEP.
+def retract(R: Tensor, U: Tensor, size: float) -> Tensor:
+    """Return R - R U, (..., n, n), for a skew U made orthogonal: the singular values of I - U are sqrt(1 + |U|^2).
 
-    |U|_2 <= sqrt(largest absolute row sum of U^2). (R - R U)^T (R - R U) = I - U^2, so the first Newton-Schulz step is
-    known without forming that product.
+    Of cubic Newton-Schulz steps, each of which turns an error e of a singular value into 3/2 e^2, as many are taken as
+    a U of that size needs to leave no more than DRIFT. Of the products only R^T R needs many digits.
     """
-    square = U @ U
-    scale = cut(square)
-    U, square = U * scale, square * scale.square()
-    turned = R - R @ U
-    return polar(turned + 0.5 * turned @ square, RETRACTION_STEPS)
+    R = R - rounded_product(R, U)
+    error = math.sqrt(1 + size**2) - 1
+    while error > DRIFT / 2:
+        R = R + 0.5 * rounded_product(R, eye_like(R) - R.mT @ R)
+        error = 1.5 * error**2
+    return R
 
 
-def stretch(M: Tensor, U: Tensor) -> Tensor:
-    """Return M - M U for any U, (..., n, n), cut to a spectral norm of MAX_STEP, with a bounded condition number.
+def stretch(M: Tensor, U: Tensor, size: float = MAX_STEP) -> Tensor:
+    """Return M - M U for any U, (..., n, n), of a spectral norm up to MAX_STEP, with a bounded condition number.
 
-    The cut leaves M invertible. Its size is free (v and o scale against each other), so it is brought to that of the
+    Such a U leaves M invertible. M's size is free (v and o scale against each other), so it is brought to that of the
     identity: then no singular value s is above sqrt(n). With N = M^-T, M + w N N^T N has s + w / s^3 in the place of s,
     which is (4/3) (3 w)^(1/4) = FLOOR or more, and s but for 1 part in 10^4 from s = 0.3 on. So the condition number
     stays below sqrt(n) / FLOOR, 160 for n = 64.
     """
-    M = M - M @ (U * cut(U.mT @ U))
+    M = M - M @ U
     M = M * (math.sqrt(M.shape[-1]) / torch.linalg.matrix_norm(M, keepdim=True))
     N = inverse_transpose(M)
     return M + (0.75 * FLOOR) ** 4 / 3 * N @ (N.mT @ N)
 
 
-def cut(square: Tensor) -> Tensor:
-    """Factor that brings |U|_2 <= sqrt(largest absolute row sum of U^T U) down to MAX_STEP. square: +-U^T U."""
-    bound = square.abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
-    return (MAX_STEP / bound.clamp_min(MAX_STEP)).to(square.dtype)
+def cut(U: Tensor) -> Tensor:
+    """Scale U, (..., n, n), so that |U|_2 <= sqrt(largest absolute row sum of U^T U) is MAX_STEP or less."""
+    bound = rounded_product(U.mT, U).abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
+    return U * (MAX_STEP / bound.clamp_min(MAX_STEP)).to(U.dtype)
+
+
+def rounded(A: Tensor) -> Tensor:
+    """A as it enters products of which few digits matter: bfloat16 where `float32_products` may be rounded."""
+    return A.bfloat16() if A.is_cuda and torch.get_float32_matmul_precision() != "highest" else A
+
+
+def rounded_product(A: Tensor, B: Tensor) -> Tensor:
+    """A B, (..., n, n), of `rounded` factors, in float32 or float64: for directions, and for small corrections."""
+    return product(rounded(A).mT, rounded(B))
 
 
 def skew(A: Tensor) -> Tensor:
@@ -206,20 +222,28 @@ def cosine(start: float, progress: Tensor) -> Tensor:
     return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-def matrix_sign(A: Tensor, steps: int = 5) -> Tensor:
-    """Approximate polar factor of (..., n, n): quintic Newton-Schulz steps that lift small singular values fast,
-    then a cubic one that settles them near 1. Odd polynomials keep a skew matrix skew. Where float32 products
-    may be rounded (`float32_products`), these are bfloat16: a direction needs no more.
+def matrix_sign(A: Tensor) -> Tensor:
+    """Approximate polar factor of (..., n, n), by odd quintic polynomials in `rounded` products.
 
-    Source: Muon (Jordan et al., 2024) for the quintic coefficients.
+    They bring singular values from SMALLEST to 1 of A, over a bound of its largest, within SIGN_LIMIT of 1 on both
+    sides, and lift smaller ones by as much. Odd polynomials keep a skew matrix skew. The bound is the Schatten 8-norm,
+    (sum s^8)^(1/8), which the first polynomial's own products give: for a matrix of noise it is far below the Frobenius
+    norm, so that fewer steps do. Source: Muon (Jordan et al., 2024) for the form of the steps.
     """
-    X = A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
-    if A.is_cuda and torch.get_float32_matmul_precision() != "highest":
-        X = X.bfloat16()
-    for _ in range(steps):
+    X = rounded(A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
+    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
+    for step, (a, b, c) in enumerate(QUINTICS):
         gram = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
-    return polar(X, 1).to(A.dtype)
+        if step == 0:
+            square = gram @ gram
+            bound = torch.linalg.matrix_norm(square, keepdim=True).float() ** 0.25
+            scale = torch.exp2(-bound.clamp_min(1e-3).log2().ceil()).to(X.dtype)  # exact in any format
+            X, gram, square = X * scale, gram * scale**2, square * scale**4
+            of_gram = torch.add(b * gram, square, alpha=c)
+        else:
+            of_gram = add_product(gram, gram, gram, beta=b, alpha=c)
+        X = add_product(X, of_gram, X, beta=a)
+    return X.to(A.dtype)
 
 
 GROUPS = {"orthogonal": Group(skew, retract), "invertible": Group(lambda A: A, stretch)}

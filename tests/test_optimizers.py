@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from drotator.optimizers import (
+    DRIFT,
     FLOOR,
     GROUPS,
     MAX_STEP,
     OPTIMIZERS,
+    QUINTICS,
+    SIGN_LIMIT,
+    SMALLEST,
     AdamQR,
     RiemannianAdam,
     Spectral,
     cosine,
     cut,
     matrix_sign,
+    retract,
     skew,
     stretch,
 )
@@ -200,19 +205,42 @@ def test_matrix_sign_brings_singular_values_near_one_and_keeps_skew_matrices_ske
     assert torch.equal(matrix_sign(torch.zeros(shape)), torch.zeros(shape))
 
 
-def test_matrix_sign_turns_all_planes_with_a_five_hundredth_of_the_momentum_by_nearly_the_same() -> None:
+def test_matrix_sign_turns_all_planes_with_a_part_of_the_largest_momentum_by_nearly_the_same() -> None:
     Q = rotation_of((26, 26), 0).double()
-    planes = torch.cat([torch.logspace(0, -2.6, 10), torch.tensor([3e-4, 1e-4, 0.0])]).double()
-    planes /= planes.norm() * math.sqrt(2)  # a plane has its singular value twice
+    planes = torch.cat([torch.logspace(0, -1.3, 10), torch.tensor([1e-2, 1e-3, 0.0])]).double()
+    bound = (2 * planes.pow(8).sum()) ** 0.125  # a plane has its singular value twice
     blocks = torch.block_diag(*(value * torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double() for value in planes))
     found = (Q.mT @ matrix_sign((Q @ blocks @ Q.mT).float()).double() @ Q).diagonal(1)[::2]
-    assert planes[9] > 2e-3 / 1.6 and planes[10] < 2e-4
-    is_large = planes > 2e-3
-    assert is_large.sum() >= 8
-    assert found[is_large].min() > 0.86
-    assert found.max() < 1 + 1e-4
-    assert (found[10:12] > 500 * planes[10:12]).all()  # what is smaller still is lifted
+    is_large = planes > 2 * SMALLEST * bound  # the bound is rounded up to a power of two
+    assert is_large.sum() == 10
+    assert found[is_large].min() > 2 - SIGN_LIMIT - 1e-3
+    assert found.max() < SIGN_LIMIT + 1e-3
+    assert (found[10:12] > 25 * planes[10:12]).all()  # what is smaller still is lifted
     assert found[12].abs() < 1e-3  # and rounding is not taken for momentum
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_each_quintic_is_the_best_on_what_the_one_before_makes(step: int) -> None:
+    values = torch.linspace(SMALLEST, 1, 20001, dtype=torch.float64)
+    for a, b, c in QUINTICS[: step + 1]:
+        before = values.sort().values
+        values = a * values + b * values**3 + c * values**5
+    errors = a * before + b * before**3 + c * before**5 - 1
+    largest = errors.abs().max()
+    signs = errors[errors.abs() > 0.98 * largest].sign()
+    assert (signs.diff() != 0).sum() >= 3  # four extrema in turn: no other such polynomial is nearer to 1 (Chebyshev)
+    if step == 2:
+        assert 1 + largest == pytest.approx(SIGN_LIMIT, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.05, 0.165, 0.3, MAX_STEP])
+def test_a_retraction_leaves_little_of_any_step(size: float) -> None:
+    R, A = rotation_of((12, 12), 0), skew(noise((12, 12), 1))
+    U = A * (size / torch.linalg.matrix_norm(A, 2))
+    found = retract(R, U, size).double()
+    assert torch.linalg.matrix_norm(found.mT @ found - torch.eye(12), 2) < DRIFT
+    left, _, right = torch.linalg.svd((R - R @ U).double())
+    assert torch.linalg.matrix_norm(found - left @ right, 2) < DRIFT / 2
 
 
 @by_shape
@@ -311,7 +339,7 @@ def test_a_step_keeps_a_maps_size_and_lifts_its_small_singular_values() -> None:
 @by_kind
 def test_a_step_of_any_size_is_cut_where_a_map_would_lose_its_inverse(kind: str) -> None:
     U = GRADIENTS[kind](noise(HEADS, 0))
-    cut_U = U * cut(U.mT @ U)
+    cut_U = cut(U)
     norms = torch.linalg.matrix_norm(U, 2), torch.linalg.matrix_norm(cut_U, 2)
     assert (norms[1] < MAX_STEP + 1e-5).all()
     assert (norms[1] > 0.2 * norms[0].clamp_max(MAX_STEP) - 1e-9).all()

@@ -185,14 +185,17 @@ def bench_updates(bench: Bench) -> None:
     G, U = (torch.randn(sizes.hidden_size, sizes.hidden_size, generator=generator, device=device) for _ in range(2))
     U = (U - U.mT) * (0.05 / sizes.hidden_size**0.5)
     R = torch.eye(sizes.hidden_size, device=device)
-    optimizer = OPTIMIZERS[given.optimizer.name](R, given.optimizer.learning_rate)
+    is_rounded = device.type == "cuda" and bench.source.dtype.itemsize == 2
+    precision, products = ("high", torch.bfloat16) if is_rounded else ("highest", None)
+    optimizer = OPTIMIZERS[given.optimizer.name](R, given.optimizer.learning_rate, products=products)
     half = torch.full((), 0.5, device=device)
-    precision = "high" if device.type == "cuda" and bench.source.dtype.itemsize == 2 else "highest"
     with torch.no_grad(), float32_products(precision):
         timing = time_call(lambda: optimizer.update(G, half), device)
         name = f"update of R1, {given.optimizer.name}"
         bench.add(name, timing, bounds.rotation_update(sizes), optimizer=given.optimizer.name)
-        bench.add("retraction of R1", time_call(lambda: retract(R, U, 0.05), device), bounds.retraction(sizes))
+        bench.add(
+            "retraction of R1", time_call(lambda: retract(R, U, 0.05, products), device), bounds.retraction(sizes)
+        )
 
 
 class _Reader(nn.Module):

@@ -1,16 +1,38 @@
-"""CUDA graphs: the few hundred small kernels of an optimization step are launched at once instead of one by one."""
+"""Fewer kernels: what is elementwise in large matrices is compiled, and those of an optimization step are launched at
+once, as a CUDA graph, instead of one by one."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3
+COMPILED = 2**24
+"""Elements from which on the work on a matrix on a GPU is worth the seconds that compiling takes."""
+KERNELS = 64
+"""Compiled forms of one function that are kept: one for each shape, objective and optimizer's setting of a sweep."""
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def fused(function: Function, matrix: Tensor) -> Function:
+    """Return `function`, compiled where it works on such a matrix on a GPU and the matrix is large."""
+    return _compiled(function) if matrix.is_cuda and matrix.numel() >= COMPILED else function
+
+
+@cache
+def _compiled(function: Function) -> Function:
+    dynamo.recompile_limit = max(dynamo.recompile_limit, KERNELS)
+    compiled: Any = torch.compile(function, dynamic=False)
+    return compiled
 
 
 def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
-from drotator.scores import RotatedWeight, entropy_along, removal, rotated_score, scored
+from drotator.scores import RotatedWeight, entropy_along, importance_score, removal, rotated_score, rotated_weight
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(R1, R2) -> scalar float32, differentiable."""
@@ -113,7 +114,8 @@ def column_energy(H: Tensor, R: Tensor | None, salience: str, damping: float) ->
 
     Args:
         H: (n, n) float32 or float64, undamped moments in the original basis.
-        R: (n, n) orthogonal, or None for the original basis. Differentiable.
+        R: (n, n) orthogonal, or None for the original basis; (n / h, h, h) stands for a block-diagonal one.
+            Differentiable.
         salience: wanda: (R^T H R)_jj. obs: 1 / (R^T H^-1 R)_jj. sequential_obs: 1 / U_jj^2 with R^T H^-1 R = U^T U.
     Returns: (n,), > 0.
     Source: DenoiseRotator section 3.3; SparseGPT, arXiv 2301.00774, algorithm 1.
@@ -132,11 +134,37 @@ def energy_moments(H: Tensor, salience: str, damping: float) -> Tensor:
 def rotated_energy(M: Tensor, R: Tensor | None, salience: str) -> Tensor:
     """`column_energy` from its `energy_moments` M."""
     if salience != "sequential_obs":
-        diagonal = M.diagonal() if R is None else (R * (M @ R)).sum(0)
+        diagonal = M.diagonal() if R is None else _rotated_diagonal(M, R)
         return diagonal if salience == "wanda" else 1 / diagonal
     # H = V V^T with V upper triangular gives U = V^-1, so 1 / U_jj = V_jj: no inverse is formed.
-    rotated = M if R is None else R.mT @ M @ R
-    return _cholesky(rotated.flip(0, 1)).diagonal().flip(0).square()
+    if R is not None:
+        R = torch.block_diag(*R) if R.ndim == 3 else R
+        M = R.mT @ M @ R
+    return _cholesky(M.flip(0, 1)).diagonal().flip(0).square()
+
+
+def _rotated_diagonal(M: Tensor, R: Tensor) -> Tensor:
+    """diag(R^T M R) of a symmetric M, (n, n), of which a block-diagonal R sees the blocks alone."""
+    if R.ndim == 3:
+        blocks = M.unflatten(1, (len(R), -1)).unflatten(0, (len(R), -1)).diagonal(dim1=0, dim2=2)
+        M = blocks.permute(2, 0, 1)
+    diagonal: Tensor = _RotatedDiagonal.apply(M, R)
+    return diagonal.flatten()
+
+
+class _RotatedDiagonal(torch.autograd.Function):
+    """Of a symmetric M that does not change: the product M R gives the value and the gradient, 2 M R diag(grad)."""
+
+    @staticmethod
+    def forward(ctx: Any, M: Tensor, R: Tensor) -> Tensor:
+        read = M @ R
+        ctx.save_for_backward(read)
+        return (R * read).sum(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (read,) = ctx.saved_tensors
+        return None, read * (2 * grad).unsqueeze(-2)
 
 
 def _cholesky(H: Tensor) -> Tensor:
@@ -196,7 +224,8 @@ def build_objective(
     down = RotatedWeight(
         W["down"].to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
     )
-    value, output = W["value"].mT.contiguous(), W["output"].mT.contiguous()
+    value, output = (W[name].to(problem.products) for name in ("value", "output"))
+    value, output = value.mT.contiguous(), output.contiguous()
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
@@ -208,7 +237,7 @@ def build_objective(
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
         if value_map == "orthogonal":
-            return energy("output", torch.block_diag(*R2_of_queries))
+            return energy("output", R2_of_queries)
         # H is damped in the basis that the pruner sees, which only an orthogonal map makes the same as in any other.
         half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
@@ -217,21 +246,22 @@ def build_objective(
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
         of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
         attention_energy = energy("attention", R1)
-        S = {
-            "value": _weigh(rotate_output_columns(R1.mT @ value, R2, 1), attention_energy),
-            "output": _weigh(rotate_value_rows(output @ R1, of_readers), output_energy(of_queries)),
-        }
-        if not is_entropy:
-            S["value"] = S["value"] * (output_weights(G["value"], R2_of_reader) if "value" in G else 1) / norms["value"]
-            S["output"] = S["output"] * counts("output")
+        of_value = rotate_output_columns(rotated_weight(R1, value), R2.to(value.dtype), 1)
+        of_output = rotate_value_rows(rotated_weight(R1, output).mT, of_readers.to(output.dtype))
+        is_weighed = "value" in G and not is_entropy
+        weight_of_value = output_weights(G["value"], R2_of_reader) / norms["value"] if is_weighed else counts("value")
+        parts = [
+            (of_value, attention_energy, weight_of_value),
+            (of_output, output_energy(of_queries), counts("output")),
+        ]
         scores = [
             rotated_score(R1, attention_energy, query_key),
             rotated_score(R1, energy("mlp", R1), gate_up),
             rotated_score(R1, down_energy, down),
-            *(scored(importance, by_output) for importance in S.values()),
+            *(importance_score(*part, by_output) for part in parts),
         ]
         if is_entropy:
-            scores += [scored(importance, by_input) for importance in S.values()]
+            scores += [importance_score(*part, by_input) for part in parts]
         return torch.stack(scores).sum()
 
     return evaluate
@@ -256,12 +286,6 @@ def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:
         return total, G1, torch.cat(G2)
 
     return evaluate
-
-
-def _weigh(W: Tensor, energy: Tensor | None) -> Tensor:
-    """S^T = (W^T)^2 * energy, (d_in, d_out)."""
-    S = W.square()
-    return S if energy is None else S * energy[:, None]
 
 
 def output_weights(G: Tensor, R: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from drotator.graphs import fused
 from drotator.resources import product
 from drotator.rotation import eye_like, inverse_transpose
 
@@ -29,6 +30,10 @@ QUINTICS = ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5
 leaves [2 - SIGN_LIMIT, SIGN_LIMIT]. Greedy choice is optimal: Polar Express, Amsel et al., arXiv 2505.16932."""
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
+
+
+Products = torch.dtype | None
+"""Dtype of products of which few digits matter: directions, and small corrections. None: that of the matrices."""
 
 
 class RotationOptimizer(Protocol):
@@ -51,11 +56,12 @@ class RotationOptimizer(Protocol):
 class Group:
     """A group of matrices: which directions U lead along it from R, and where a step R <- R - R U ends.
 
-    project: the nearest direction to A, (..., n, n). step: (R, U, size) -> the next R, for |U|_2 <= size <= MAX_STEP.
+    project: the nearest direction to A, (..., n, n). step: (R, U, size, products) -> the next R, for |U|_2 <= size <=
+        MAX_STEP.
     """
 
     project: Callable[[Tensor], Tensor]
-    step: Callable[[Tensor, Tensor, float], Tensor]
+    step: Callable[[Tensor, Tensor, float, Products], Tensor]
 
 
 class AdamQR:
@@ -69,7 +75,9 @@ class AdamQR:
     can_capture = False  # the QR waits for the device
     state: Sequence[Tensor] = ()
 
-    def __init__(self, R: Tensor, learning_rate: float, value_map: str = "orthogonal") -> None:
+    def __init__(
+        self, R: Tensor, learning_rate: float, value_map: str = "orthogonal", products: Products = None
+    ) -> None:
         assert value_map == "orthogonal", "PruneConfig refuses it: a QR factor is orthogonal"
         self.A = R.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.A], lr=learning_rate)
@@ -106,10 +114,11 @@ class RiemannianAdam:
         R: Tensor,
         learning_rate: float,
         value_map: str = "orthogonal",
+        products: Products = None,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.R = R.clone()
-        self.group = GROUPS[value_map]
+        self.value_map, self.products = value_map, products
         self.learning_rate = learning_rate * math.sqrt(REFERENCE_SIZE / R.shape[-1])
         self.betas = betas
         self.first = torch.zeros_like(R)
@@ -121,14 +130,8 @@ class RiemannianAdam:
         return self.R
 
     def update(self, G: Tensor, progress: Tensor) -> None:
-        self.step.add_(1)
-        omega = self.group.project(rounded_product(self.R.mT, G))
-        beta1, beta2 = self.betas
-        self.first.lerp_(omega, 1 - beta1)
-        self.second.lerp_(omega.square(), 1 - beta2)
-        corrected = (self.second / (1 - beta2**self.step)).sqrt_().clamp_min_(torch.finfo(G.dtype).tiny)
-        U = self.first / corrected * (cosine(self.learning_rate, progress) / (1 - beta1**self.step))
-        self.R.copy_(self.group.step(self.R, cut(U), MAX_STEP))
+        step, state = fused(step_of_adam, self.R), (self.R, self.first, self.second, self.step)
+        step(*state, G, progress, self.learning_rate, self.betas, self.value_map, self.products)
 
 
 class Spectral:
@@ -141,9 +144,16 @@ class Spectral:
 
     can_capture = True
 
-    def __init__(self, R: Tensor, learning_rate: float, value_map: str = "orthogonal", momentum: float = 0.9) -> None:
+    def __init__(
+        self,
+        R: Tensor,
+        learning_rate: float,
+        value_map: str = "orthogonal",
+        products: Products = None,
+        momentum: float = 0.9,
+    ) -> None:
         self.R = R.clone()
-        self.group = GROUPS[value_map]
+        self.value_map, self.products = value_map, products
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.average = torch.zeros_like(R)
@@ -153,12 +163,51 @@ class Spectral:
         return self.R
 
     def update(self, G: Tensor, progress: Tensor) -> None:
-        omega = self.group.project(rounded_product(self.R.mT, G))
-        size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
-        self.average.lerp_(omega / size, 1 - self.momentum)
-        largest = min(math.tan(min(self.learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
-        turn = cosine(self.learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)
-        self.R.copy_(self.group.step(self.R, turn * matrix_sign(self.average), largest * SIGN_LIMIT))
+        step = fused(step_of_spectral, self.R)
+        step(self.R, self.average, G, progress, self.learning_rate, self.momentum, self.value_map, self.products)
+
+
+def step_of_adam(
+    R: Tensor,
+    first: Tensor,
+    second: Tensor,
+    num_steps: Tensor,
+    G: Tensor,
+    progress: Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    value_map: str,
+    products: Products,
+) -> None:
+    """The step of RiemannianAdam, in place."""
+    group, (beta1, beta2) = GROUPS[value_map], betas
+    num_steps.add_(1)
+    omega = group.project(rounded_product(R.mT, G, products))
+    first.lerp_(omega, 1 - beta1)
+    second.lerp_(omega.square(), 1 - beta2)
+    corrected = (second / (1 - beta2**num_steps)).sqrt().clamp_min(torch.finfo(G.dtype).tiny)
+    U = first / corrected * (cosine(learning_rate, progress) / (1 - beta1**num_steps))
+    R.copy_(group.step(R, cut(U, products), MAX_STEP, products))
+
+
+def step_of_spectral(
+    R: Tensor,
+    average: Tensor,
+    G: Tensor,
+    progress: Tensor,
+    learning_rate: float,
+    momentum: float,
+    value_map: str,
+    products: Products,
+) -> None:
+    """The step of Spectral, in place."""
+    group = GROUPS[value_map]
+    omega = group.project(rounded_product(R.mT, G, products))
+    size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
+    average.lerp_(omega / size, 1 - momentum)
+    largest = min(math.tan(min(learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
+    turn = cosine(learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)
+    R.copy_(group.step(R, turn * matrix_sign(average, products), largest * SIGN_LIMIT, products))
 
 
 OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
@@ -166,24 +215,24 @@ OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
     "riemannian_adam": RiemannianAdam,
     "spectral": Spectral,
 }
-"""(R, learning_rate, value_map="orthogonal") -> the optimizer that starts at R."""
+"""(R, learning_rate, value_map="orthogonal", products=None) -> the optimizer that starts at R."""
 
 
-def retract(R: Tensor, U: Tensor, size: float) -> Tensor:
+def retract(R: Tensor, U: Tensor, size: float, products: Products = None) -> Tensor:
     """Return R - R U, (..., n, n), for a skew U made orthogonal: the singular values of I - U are sqrt(1 + |U|^2).
 
     Of cubic Newton-Schulz steps, each of which turns an error e of a singular value into 3/2 e^2, as many are taken as
     a U of that size needs to leave no more than DRIFT. Of the products only R^T R needs many digits.
     """
-    R = R - rounded_product(R, U)
+    R = R - rounded_product(R, U, products)
     error = math.sqrt(1 + size**2) - 1
     while error > DRIFT / 2:
-        R = R + 0.5 * rounded_product(R, eye_like(R) - R.mT @ R)
+        R = R + 0.5 * rounded_product(R, eye_like(R) - R.mT @ R, products)
         error = 1.5 * error**2
     return R
 
 
-def stretch(M: Tensor, U: Tensor, size: float = MAX_STEP) -> Tensor:
+def stretch(M: Tensor, U: Tensor, size: float = MAX_STEP, products: Products = None) -> Tensor:
     """Return M - M U for any U, (..., n, n), of a spectral norm up to MAX_STEP, with a bounded condition number.
 
     Such a U leaves M invertible. M's size is free (v and o scale against each other), so it is brought to that of the
@@ -197,20 +246,19 @@ def stretch(M: Tensor, U: Tensor, size: float = MAX_STEP) -> Tensor:
     return M + (0.75 * FLOOR) ** 4 / 3 * N @ (N.mT @ N)
 
 
-def cut(U: Tensor) -> Tensor:
+def cut(U: Tensor, products: Products = None) -> Tensor:
     """Scale U, (..., n, n), so that |U|_2 <= sqrt(largest absolute row sum of U^T U) is MAX_STEP or less."""
-    bound = rounded_product(U.mT, U).abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
+    bound = rounded_product(U.mT, U, products).abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()
     return U * (MAX_STEP / bound.clamp_min(MAX_STEP)).to(U.dtype)
 
 
-def rounded(A: Tensor) -> Tensor:
-    """A as it enters products of which few digits matter: bfloat16 where `float32_products` may be rounded."""
-    return A.bfloat16() if A.is_cuda and torch.get_float32_matmul_precision() != "highest" else A
+def rounded(A: Tensor, products: Products) -> Tensor:
+    return A if products is None else A.to(products)
 
 
-def rounded_product(A: Tensor, B: Tensor) -> Tensor:
-    """A B, (..., n, n), of `rounded` factors, in float32 or float64: for directions, and for small corrections."""
-    return product(rounded(A).mT, rounded(B))
+def rounded_product(A: Tensor, B: Tensor, products: Products) -> Tensor:
+    """A B, (..., n, n), of `rounded` factors, summed in float32, or float64 of such matrices."""
+    return product(rounded(A, products).mT, rounded(B, products))
 
 
 def skew(A: Tensor) -> Tensor:
@@ -222,15 +270,15 @@ def cosine(start: float, progress: Tensor) -> Tensor:
     return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-def matrix_sign(A: Tensor) -> Tensor:
-    """Approximate polar factor of (..., n, n), by odd quintic polynomials in `rounded` products.
+def matrix_sign(A: Tensor, products: Products = None) -> Tensor:
+    """Approximate polar factor of (..., n, n), by odd quintic polynomials.
 
     They bring singular values from SMALLEST to 1 of A, over a bound of its largest, within SIGN_LIMIT of 1 on both
     sides, and lift smaller ones by as much. Odd polynomials keep a skew matrix skew. The bound is the Schatten 8-norm,
     (sum s^8)^(1/8), which the first polynomial's own products give: for a matrix of noise it is far below the Frobenius
     norm, so that fewer steps do. Source: Muon (Jordan et al., 2024) for the form of the steps.
     """
-    X = rounded(A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
+    X = rounded(A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny), products)
     add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     for step, (a, b, c) in enumerate(QUINTICS):
         gram = X @ X.mT

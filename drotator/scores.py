@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import SparsityConfig
+from drotator.graphs import fused
 from drotator.resources import product
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -22,8 +23,6 @@ Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 PART = 2**26
 """Weights that are rotated at once, which bounds the memory of their importances."""
-COMPILED = 2**24
-"""Weights from which on the elementwise work on a GPU is worth compiling into one kernel."""
 
 
 def entropy_score(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -83,25 +82,6 @@ def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(low, low2).sum() + second.sum(), second
 
 
-class _Scored(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, S: Tensor, score: Score) -> Tensor:
-        value, slope = score(S)
-        ctx.save_for_backward(slope)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grad, None
-
-
-def scored(S: Tensor, score: Score) -> Tensor:
-    """The score of S^T (d_in, d_out), differentiable."""
-    value: Tensor = _Scored.apply(S, score)
-    return value
-
-
 @dataclass(frozen=True)
 class RotatedWeight:
     """A weight that one side of R1 acts on, and how its importances are scored.
@@ -132,8 +112,8 @@ class _Rotated(torch.autograd.Function):
             rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
             T = W[rows] @ rotation[:, columns] if weight.writes else rotation[:, rows].mT @ W[:, columns]
             counts = weight.counts if weight.counts.ndim == 0 else weight.counts[columns]
-            score_part = _compiled_part() if W.is_cuda and T.numel() >= COMPILED else _score_part
-            value, D, found = score_part(T, None if energy is None else energy[rows], counts, weight.score)
+            of_part = None if energy is None else energy[rows]
+            value, D, found, _ = fused(_score_part, T)(T, of_part, counts, weight.score, False)
             total += value
             of_energy[rows] += found
             if weight.writes:
@@ -149,20 +129,60 @@ class _Rotated(torch.autograd.Function):
         return G * grad, of_energy * grad if ctx.needs_input_grad[1] else None, None
 
 
-def _score_part(T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
-    """Score T^2 * energy * counts. Returns: the score, and its gradients by T, in T's dtype, and by energy."""
-    T32 = T.to(torch.promote_types(T.dtype, torch.float32))
-    squares = T32.square() * counts
-    value, slope = score(squares if energy is None else squares * energy[:, None])
-    slope = slope * counts
-    D = 2 * T32 * slope
-    return value, (D if energy is None else D * energy[:, None]).to(T.dtype), (slope * T32.square()).sum(1)
+class _Scored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> Tensor:
+        value, *gradients = fused(_score_part, T)(T, energy, counts, score, ctx.needs_input_grad[2])
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (G * grad.to(G.dtype) for G in ctx.saved_tensors)
+        return *(G if is_read else None for G, is_read in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
 
 
-@cache
-def _compiled_part() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(_score_part, dynamic=False)
-    return compiled
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, R: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return R.to(W.dtype).mT @ W
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        return product(W.mT, grad.mT), None
+
+
+def _score_part(
+    T: Tensor, energy: Tensor | None, counts: Tensor, score: Score, counts_vary: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score T^2 * energy * counts.
+
+    Returns: the score, and its gradients by T, in T's dtype, by energy, and by counts where these vary.
+    """
+    squares = T.to(torch.promote_types(T.dtype, torch.float32)).square()
+    weighed = squares if energy is None else squares * energy[:, None]
+    value, slope = score(weighed * counts)
+    D = 2 * T * (slope * counts if energy is None else slope * counts * energy[:, None])
+    of_counts = (slope * weighed).sum_to_size(counts.shape) if counts_vary else torch.zeros_like(counts)
+    return value, D.to(T.dtype), (slope * counts * squares).sum(1), of_counts
+
+
+def importance_score(T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> Tensor:
+    """The score of the importances T^2 * energy * counts. Differentiable by all three.
+
+    Args:
+        T: W^T (d_in, d_out). energy: (d_in,), of the inputs, or None. counts: () or (d_out,).
+    """
+    value: Tensor = _Scored.apply(T, energy, counts, score)
+    return value
+
+
+def rotated_weight(R: Tensor, W: Tensor) -> Tensor:
+    """R^T W in W's dtype, for W (d, n) that does not change; differentiable by R, of which the gradient is float32."""
+    T: Tensor = _Product.apply(R, W)
+    return T
 
 
 def rotated_score(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:

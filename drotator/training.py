@@ -48,14 +48,16 @@ def train_rotation(
         start: float32, on the device where the objective lives; steps are taken from there.
         learns: whether R1, and whether R2, is changed at all.
         can_capture: whether the objective does nothing but work on the device, so that a CUDA graph can replay it.
-        precision: of float32 products while training; see `float32_products`. What is returned is made orthogonal to
+        precision: of float32 products while training; see `float32_products`. Where it is not the highest, products of
+            which few digits matter are in bfloat16. What is returned is made orthogonal to
             float32 in any case.
     Raises: RuntimeError if the objective is not finite at the start.
     """
     build, learning_rate = OPTIMIZERS[settings.name], settings.learning_rate
+    products = torch.bfloat16 if precision != "highest" else None
     optimizers = [
-        build(start.R1.float(), learning_rate),
-        build(start.R2.float(), learning_rate, value_map=start.value_map),
+        build(start.R1.float(), learning_rate, products=products),
+        build(start.R2.float(), learning_rate, start.value_map, products),
     ]
     best = [optimizer.rotation().clone() for optimizer in optimizers]
     device = start.R1.device

@@ -29,7 +29,7 @@ from drotator.optimizers import (
     stretch,
 )
 from drotator.rotation import eye_like
-from drotator.scores import entropy_along, scored
+from drotator.scores import entropy_along, importance_score
 
 SHAPES = [(12, 12), (3, 5, 5)]
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -182,7 +182,7 @@ def test_riemannian_adam_reaches_a_lower_entropy_in_half_the_steps_of_adam_qr() 
         losses = []
         for step in range(steps):
             R = optimizer.rotation().clone().requires_grad_()
-            loss = scored((W @ R).square(), entropy_along(1))
+            loss = importance_score(W @ R, None, torch.ones(()), entropy_along(1))
             losses.append(float(loss.detach()))
             optimizer.update(torch.autograd.grad(loss, R)[0], torch.tensor(step / steps))
         reached[name] = min(losses)

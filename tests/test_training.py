@@ -109,7 +109,8 @@ def test_coarser_products_still_return_a_rotation_that_is_orthogonal_to_float32(
     assert trained.orthogonality == trained.rotation.orthogonality() < 1e-6
     assert trained.rotation.R1.dtype is trained.rotation.R2.dtype is torch.float32
     assert len(trained.history) == steps + 1
-    torch.testing.assert_close(trained.rotation.R1, exact.rotation.R1, rtol=0, atol=2e-3)
+    reached = exact.objective_before - exact.objective_after
+    assert trained.objective_after == pytest.approx(exact.objective_after, abs=0.01 * reached + 1e-6)
     if steps:
         assert trained.objective_after < trained.objective_before
     elif name != "adam_qr":  # whose start is a QR factor

@@ -14,6 +14,7 @@ from drotator.benchmark_pruning import check_pruning, run_pruning
 from drotator.bounds import Peaks
 from drotator.config import BenchConfig
 from drotator.console import console
+from drotator.distributed import World
 from drotator.measurement import UNITS, Bench, Row, duration, in_digits, measure_peaks
 from drotator.resources import choose_device, device_name
 from drotator.shapes import shapes_of
@@ -28,29 +29,35 @@ WIDTH = 80
 def run_bench(settings: BenchConfig, run_dir: Path) -> float:
     """Measure what `settings.kind` names, print its table and write bench.json to the run folder.
 
+    Processes that torch.distributed has joined all call this, and share what is measured.
+
     Returns: milliseconds of the first row.
     Raises: ValueError for shapes that are not known or do not fit the settings, before anything is measured.
     """
-    device = choose_device(settings.device)
+    world = World.current()
+    device = choose_device(settings.device, world)
     torch.manual_seed(settings.seed)
-    bench = Bench(settings, shapes_of(settings.model), device, {}, run_dir / "bench.json")
+    bench = Bench(settings, shapes_of(settings.model), device, {}, run_dir / "bench.json", world=world)
     CHECKS[settings.kind](bench)
     run_dir.mkdir(parents=True, exist_ok=True)
-    bench.peaks = measure_peaks(device)
+    peaks = measure_peaks(device)
+    bench.peaks = {unit: world.size * rate for unit, rate in peaks.items()}
     KINDS[settings.kind](bench, run_dir)
-    title = f"{settings.model.name}, {settings.kind}, {bench.source.dtype_name}, {device_name(device)}"
+    machine = f"{world.size} x {device_name(device)}" if world.size > 1 else device_name(device)
+    title = f"{settings.model.name}, {settings.kind}, {bench.source.dtype_name}, {machine}"
     console().print(table(bench.rows, title), width=WIDTH)
-    for line in (peaks_in_words(bench.peaks, device), *bench.notes):
+    for line in (peaks_in_words(peaks, device, world), *bench.notes):
         console().print(line, width=WIDTH)
     logger.info("written to %s", bench.file)
     return bench.rows[0].milliseconds
 
 
-def peaks_in_words(peaks: Peaks, device: torch.device) -> str:
+def peaks_in_words(peaks: Peaks, device: torch.device, world: World) -> str:
     """What the bounds were counted with."""
+    each = f" in each of {world.size} processes" if world.size > 1 else ""
     rates = [f"{peaks[unit] / 1e12:.3g} TFLOP/s in {UNITS[unit]}" for unit in UNITS]
     shown = rates if device.type == "cuda" else rates[-1:]
-    return f"Bounds: counted work at {', '.join(shown)} and {peaks['bytes'] / 1e9:.4g} GB/s, measured here."
+    return f"Bounds: counted work at {', '.join(shown)} and {peaks['bytes'] / 1e9:.4g} GB/s, measured here{each}."
 
 
 def table(rows: list[Row], title: str) -> Table:

@@ -43,6 +43,8 @@ TWO_OF_FOUR = SparsityConfig(keep=2, group=4)
 
 def check_inference(bench: Bench) -> None:
     """Raises: ValueError if inputs are no groups of four. What the device cannot do is said in a line later."""
+    if bench.world.size > 1:
+        raise ValueError(f"kind=inference is the work of one process, but {bench.world.size} were started.")
     for inputs, names in bench.source.spec.inputs.items():
         validate(TWO_OF_FOUR, bench.source.sizes.input_size(inputs), f"{LAYERS}.0.{names[0]}")
 

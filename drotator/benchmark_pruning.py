@@ -1,6 +1,7 @@
 """`drotator bench kind=pruning`: what a rotation step, Hessians, the pruner and the whole pipeline cost.
 
 Everything that is timed is what `drotator prune` calls, at the model's shapes; weights, tokens and moments are random.
+Several processes share the work as they do there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import dataclasses
 import logging
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from drotator.architecture import LAYERS, LayerCall, ModelSource
 from drotator.artifacts import RunFolder
 from drotator.bounds import Work
 from drotator.config import EvalConfig, ModelConfig, PruneConfig, describe
+from drotator.distributed import ALONE, World
 from drotator.measurement import Bench, Timing, duration, time_call, wall_seconds
 from drotator.memory import plan_memory
 from drotator.objectives import LayerProblem, chosen_salience
@@ -29,10 +33,10 @@ from drotator.offload import Batches
 from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
 from drotator.pipeline import Job, missing_bytes, run_once
-from drotator.pruners import PRUNERS, validate
+from drotator.pruners import validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.pruners.sweep_kernel import is_available
-from drotator.pruning import LayerContext, learn_rotation, objective_of, open_layer, starting_rotation
+from drotator.pruning import LayerContext, learn_rotation, objective_of, open_layer, prune_weight, starting_rotation
 from drotator.resources import Stopwatch, check_disk_space, float32_products, peak_memory, reset_peak_memory
 from drotator.results import RunReport
 from drotator.shapes import random_moments, random_weight, write_random_model
@@ -58,15 +62,33 @@ def check_pruning(bench: Bench) -> None:
 def run_pruning(bench: Bench, run_dir: Path) -> None:
     """Measure all parts, the rotation step first."""
     if bench.settings.rotation.name != "none":
-        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".layer-") as folder:
-            bench_steps(bench, Path(folder) / "model")
+        with folder_of_all(bench.world, run_dir, ".layer-") as folder:
+            bench_steps(bench, folder)
         bench_updates(bench)
     bench_moments(bench)
     if bench.settings.pruner.name != "none":
         bench_pruner(bench)
     if bench.settings.bench.layers:
-        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".pipeline-") as folder:
-            bench_pipeline(bench, Path(folder))
+        with folder_of_all(bench.world, run_dir, ".pipeline-") as folder:
+            bench_pipeline(bench, folder)
+
+
+@contextmanager
+def folder_of_all(world: World, parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder that the first process makes, and removes when all are done with it."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) if world.is_first else nullcontext("") as name:
+        yield Path(world.share(lambda: name))
+        world.barrier()
+
+
+def random_model(bench: Bench, folder: Path, num_layers: int) -> ModelSource:
+    """A model of some layers, written to folder/model by the first process."""
+
+    def write() -> None:
+        write_random_model(folder / "model", bench.source, num_layers, device=bench.device, seed=bench.settings.seed)
+
+    bench.world.share(write)
+    return ModelSource.open(folder / "model")
 
 
 def objectives(bench: Bench) -> list[str]:
@@ -99,18 +121,18 @@ def random_windows(bench: Bench, source: ModelSource, num_samples: int) -> Tenso
 def bench_steps(bench: Bench, folder: Path) -> None:
     """One step of training for every objective, beside the paper's, and what it comes to for the model."""
     given, device, sizes, num_layers = bench.settings, bench.device, bench.source.sizes, bench.source.num_layers
-    source = write_random_model(folder, bench.source, 1, device=device, seed=given.seed)
+    source = random_model(bench, folder, 1)
     windows = random_windows(bench, source, given.calibration.batch_size)
     paper: float | None = None
     for name in objectives(bench):
         settings = settings_of(bench, name)
-        stream = ActivationStream.start(source, windows, given.calibration.batch_size, device)
+        stream = ActivationStream.start(source, windows, given.calibration.batch_size, device, world=bench.world)
         context = LayerContext(0, source.layer(0, device), source.spec, sizes, 1, stream, Stopwatch(device))
         problem = open_layer(context, settings).problem
         del stream, context
         if given.bench.paper and paper is None:
             paper = time_paper(bench, problem).milliseconds
-        timing, set_up = time_step(problem, settings, given.bench.steps, device)
+        timing, set_up = time_step(problem, settings, given.bench.steps, device, bench.world)
         reads_moments = chosen_salience(settings.objective, settings.pruner.name) != "magnitude"
         work = bounds.rotation_step(sizes, reads_moments=reads_moments)
         row = bench.add(
@@ -144,18 +166,20 @@ def bench_steps(bench: Bench, folder: Path) -> None:
         )
 
 
-def time_step(problem: LayerProblem, settings: PruneConfig, steps: int, device: torch.device) -> tuple[Timing, float]:
+def time_step(
+    problem: LayerProblem, settings: PruneConfig, steps: int, device: torch.device, world: World = ALONE
+) -> tuple[Timing, float]:
     """Time a step as the training loop takes it: trainings of two lengths, and the difference over their steps.
 
     Returns: one step, and the milliseconds of a training beside its steps (capture of a CUDA graph, the history).
     """
-    objective = objective_of(problem, settings)
+    objective = objective_of(problem, settings, world)
     start = starting_rotation(problem, 1, settings)
 
     def milliseconds(num_steps: int) -> float:
         asked = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, steps=num_steps))
         return 1e3 * wall_seconds(
-            lambda: learn_rotation([objective], start, asked, precision=problem.precision), device
+            lambda: learn_rotation([objective], start, asked, world, precision=problem.precision), device
         )
 
     milliseconds(1)
@@ -227,14 +251,15 @@ def bench_moments(bench: Bench) -> None:
         size = source.sizes.input_size(inputs)
         if size in found:
             continue
-        x = torch.randn(batch, seqlen, size, generator=generator, device=device).to(source.dtype)
-        stream = ActivationStream(hidden=Batches(device, batches=[x]), calls={batch: LayerCall(({},))}, device=device)
+        x = bench.world.own(torch.randn(batch, seqlen, size, generator=generator, device=device).to(source.dtype))
+        hidden = Batches(device, batches=[x] if len(x) else [])
+        stream = ActivationStream(hidden, {len(x): LayerCall(({},))}, device, world=bench.world)
         reader = _Reader(source.spec.inputs[inputs][0], size)
 
         def collect(reader: nn.Module = reader, stream: ActivationStream = stream, inputs: str = inputs) -> object:
             return collect_hessians(reader, source.spec, stream, 0, (inputs,))
 
-        found[size] = time_call(collect, device)
+        found[size] = time_call(collect, device, world=bench.world)
         work = bounds.moments(size, batch * seqlen)
         bench.add(f"Hessian of {size} inputs, {batch * seqlen} tokens", found[size], work)
     times = [found[source.sizes.input_size(inputs)] for inputs in source.spec.inputs]
@@ -254,13 +279,14 @@ def bench_pruner(bench: Bench) -> None:
 
     def prune() -> None:
         for W in weights:
-            PRUNERS[name](W, H[W.shape[1]], given.sparsity, given.pruner)
+            prune_weight(W, H[W.shape[1]], None, given.sparsity, given.pruner, bench.world)
 
     def prune_by_loop() -> None:
         for W in weights:
-            prune_sparsegpt(W, H[W.shape[1]], given.sparsity, given.pruner, may_use_kernel=False)
+            rows = bench.world.own(W) if given.sparsity.is_grouped else W
+            prune_sparsegpt(rows, H[W.shape[1]], given.sparsity, given.pruner, may_use_kernel=False)
 
-    timing = time_call(prune, device)
+    timing = time_call(prune, device, world=bench.world)
     if name == "sparsegpt" and is_available(weights[0].T, given.pruner.block_size):
         loop = time_call(prune_by_loop, device, warm_up=False)
         bench.add(f"{name}, 7 linears", timing, work, faster_than=("plain loop", loop.milliseconds))
@@ -321,12 +347,12 @@ def bench_pipeline(bench: Bench, folder: Path) -> None:
 
 def prune_random_model(bench: Bench, folder: Path) -> tuple[RunReport, ModelSource]:
     """Write a random model and a run of `drotator prune` on it to `folder`; nothing is evaluated."""
-    given, device = bench.settings, bench.device
-    source = write_random_model(folder / "model", bench.source, given.bench.layers, device=device, seed=given.seed)
+    given, device, world = bench.settings, bench.device, bench.world
+    source = random_model(bench, folder, given.bench.layers)
     settings = settings_of(bench, given.objective.name, str(source.folder))
-    run = RunFolder.open(folder / "run", describe(settings))
+    run = RunFolder.open(folder / "run", describe(settings), world)
     check_disk_space(run.path, missing_bytes(run, source, settings.rotation))
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"word": 0}, unk_token="word")))
     windows = random_windows(bench, source, given.calibration.num_samples)
-    memory = plan_memory(settings, source, device)
-    return run_once(settings, run, Job(source, nothing, windows, device, {}, {}, memory)), source
+    memory = plan_memory(settings, source, device, world)
+    return run_once(settings, run, Job(source, nothing, windows, device, {}, {}, memory, world)), source

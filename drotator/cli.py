@@ -86,7 +86,7 @@ def _plan_together(verb: str, words: list[str]) -> Plan:
     from drotator import composition
 
     count = processes.place().size
-    if verb != "prune":
+    if not VERBS[verb].is_divisible:
         raise ValueError(f"{verb} is the work of one process, but {count} were started: leave torchrun or srun out.")
     plan = composition.plan(verb, words)
     if plan.is_sweep:

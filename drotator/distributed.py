@@ -3,15 +3,16 @@
 A `World` is what the pipeline sees of them. A process that works alone is a World of size 1, in which everything here
 gives back what it was given: no place that calls it asks how many there are.
 
-Split over the processes: the windows of every calibration batch, the rows of every linear while it is pruned. The same
-on all: weights, moments, rotations. The first one alone touches the run folder, evaluates and reports.
+Split over the processes: the windows of every calibration batch, the rows of every linear while it is pruned, the
+outputs of every linear whose importances a step of training looks at. The same on all: weights, moments, rotations. The
+first one alone touches the run folder, evaluates and reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from drotator.processes import place
 
 Item = TypeVar("Item")
 CPU = torch.device("cpu")
+ALIGNED = 8
+"""Shares of a matrix are multiples of it: products of 16 bits with other sizes leave the fast kernels."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,18 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
-        """This process's share of `count` things in a row; shares differ by one at most and may be empty."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+    def part(self, count: int, unit: int = 1) -> slice:
+        """This process's share of `count` things in a row; shares differ by one unit at most and may be empty."""
+        units = -(-count // unit)
+        start, stop = (min(count, unit * (units * rank // self.size)) for rank in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+    def own(self, tensor: Tensor, dim: int = 0, unit: int = 1) -> Tensor:
+        """This process's part of a tensor along a dimension, a view."""
+        if self.size == 1:
+            return tensor
+        part = self.part(tensor.shape[dim], unit)
+        return tensor.narrow(dim, part.start, part.stop - part.start)
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, in which it then has the same bits.
@@ -59,19 +71,29 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sums(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The sum of each of some tensors of one dtype over all processes, which are sent together."""
+        if self.size == 1:
+            return tensors
+        flat = self.all_reduce_(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by that of the first process."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
-        """Put together `count` rows of which each process has its `part`. Exact: to each row zeros are added."""
+    def gather_rows(self, rows: Tensor, count: int, unit: int = 1) -> Tensor:
+        """Put together `count` rows of which each process has its `part`. Exact: to each row zeros are added.
+
+        Differentiable: what the processes make of the rows is taken as terms of one sum.
+        """
         if self.size == 1:
             return rows
-        whole = rows.new_zeros(count, *rows.shape[1:])
-        whole[self.part(count)] = rows
-        return self.all_reduce_(whole)
+        whole: Tensor = _Gathered.apply(rows, count, unit, self)
+        return whole
 
     def gather(self, item: Item) -> list[Item]:
         """What each process has, in the order of ranks; small things of the host."""
@@ -98,6 +120,20 @@ class World:
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.all_reduce_(torch.zeros(1))
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, count: int, unit: int, world: World) -> Tensor:
+        ctx.unit, ctx.world = unit, world
+        whole = rows.new_zeros(count, *rows.shape[1:])
+        whole[world.part(count, unit)] = rows
+        return world.all_reduce_(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        total = ctx.world.all_reduce_(grad.clone(memory_format=torch.contiguous_format))
+        return ctx.world.own(total, unit=ctx.unit), None, None, None
 
 
 ALONE = World()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
 
+from drotator.distributed import ALONE, World
+
 logger = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3
@@ -35,18 +37,22 @@ def _compiled(function: Function) -> Function:
     return compiled
 
 
-def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
+def captured(step: Callable[[], None], state: Sequence[Tensor], world: World = ALONE) -> Callable[[], None]:
     """Return `step` as a replayed CUDA graph, or as it is on the CPU or where it cannot be captured.
 
     Args:
         step: reads and writes tensors that stay where they are, and never waits for the device.
         state: the tensors that `step` changes; they are as before when this returns.
+        world: the processes that take this step together: all replay it, or none does. A step that is being captured
+            sends nothing, so that one of them may fail there; one that fails before leaves the others waiting.
+    Raises: RuntimeError if the step itself fails where several processes take it.
     """
     if state[0].device.type != "cuda":
         return step
     saved = [tensor.clone() for tensor in state]
     graph = torch.cuda.CUDAGraph()
-    run: Callable[[], None] = graph.replay
+    mode = "global" if world.size == 1 else "thread_local"  # a thread of NCCL's asks how far its streams are
+    failure, is_warm = "", False
     try:
         stream = torch.cuda.Stream(state[0].device)
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -54,11 +60,16 @@ def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], 
             for _ in range(WARM_UP_CALLS):
                 step()
         torch.cuda.current_stream(stream.device).wait_stream(stream)
-        with torch.cuda.graph(graph):
+        is_warm = True
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             step()
     except RuntimeError as error:
-        logger.info("it runs without a CUDA graph (%s)", str(error).splitlines()[0])
-        run = step
+        if world.size > 1 and not is_warm:
+            raise
+        failure = str(error).splitlines()[0]
+    failures = [found for found in world.gather(failure) if found]
+    if failures:
+        logger.info("it runs without a CUDA graph (%s)", failures[0])
     for tensor, before in zip(state, saved, strict=True):
         tensor.copy_(before)
-    return run
+    return step if failures else graph.replay

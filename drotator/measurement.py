@@ -15,6 +15,7 @@ import torch
 from drotator.architecture import ModelSource
 from drotator.bounds import Peaks, Work
 from drotator.config import BenchConfig
+from drotator.distributed import ALONE, World
 from drotator.folders import write_text
 from drotator.resources import device_name, float32_products, peak_memory, reset_peak_memory
 
@@ -69,7 +70,8 @@ class Row:
 class Bench:
     """What all measurements share, and what they have found so far.
 
-    source: the model's shapes, without weights. notes: lines that the table is followed by.
+    source: the model's shapes, without weights. peaks: of all processes together. notes: lines that the table is
+    followed by. world: the processes that share what is measured; the first one's measurements are kept.
     """
 
     settings: BenchConfig
@@ -79,6 +81,7 @@ class Bench:
     file: Path
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    world: World = ALONE
 
     def add(
         self,
@@ -107,7 +110,7 @@ class Bench:
             bound_milliseconds=1e3 * work.seconds(self.peaks),
             paper_milliseconds=paper,
             peak_bytes=timing.peak_bytes,
-            gpus=int(self.device.type == "cuda"),
+            gpus=self.world.size if self.device.type == "cuda" else 0,
             device=device_name(self.device),
             dtype=self.source.dtype_name,
             torch=torch.__version__,
@@ -118,7 +121,8 @@ class Bench:
         )
         self.rows.append(row)
         logger.info("%s: %s", name, duration(row.milliseconds))
-        write_text(self.file, json.dumps([asdict(row) for row in self.rows], indent=2) + "\n")
+        if self.world.is_first:
+            write_text(self.file, json.dumps([asdict(row) for row in self.rows], indent=2) + "\n")
         return row
 
     def note(self, line: str) -> None:
@@ -170,11 +174,14 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_call(call: Callable[[], object], device: torch.device, *, warm_up: bool = True) -> Timing:
+def time_call(
+    call: Callable[[], object], device: torch.device, *, warm_up: bool = True, world: World = ALONE
+) -> Timing:
     """Call until BUDGET_SECONDS are spent, and return the median: by CUDA events on a GPU, by the clock on a CPU.
 
     Args:
         warm_up: call once before; what compiles nothing and takes seconds can do without.
+        world: processes that make the call together, as often as the first one says.
     """
     if warm_up:
         call()
@@ -182,10 +189,12 @@ def time_call(call: Callable[[], object], device: torch.device, *, warm_up: bool
     is_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if is_cuda else 0
     milliseconds: list[float] = []
-    spent = 0.0
-    while not milliseconds or (spent < BUDGET_SECONDS and len(milliseconds) < MOST_REPEATS):
+
+    def goes_on() -> bool:
+        return not milliseconds or (sum(milliseconds) < 1e3 * BUDGET_SECONDS and len(milliseconds) < MOST_REPEATS)
+
+    while world.share(goes_on):
         milliseconds.append(_event_milliseconds(call, device) if is_cuda else 1e3 * wall_seconds(call, device))
-        spent += milliseconds[-1] / 1e3
     peak = peak_memory(device)["device" if is_cuda else "host"]
     return Timing(statistics.median(milliseconds), peak, peak - before if is_cuda else 0)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
+from drotator.distributed import ALIGNED, ALONE, World
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
 from drotator.scores import RotatedWeight, entropy_along, importance_score, removal, rotated_score, rotated_weight
 
@@ -180,8 +181,14 @@ def build_objective(
     problem: LayerProblem,
     damping: float,
     value_map: str = "orthogonal",
+    world: World = ALONE,
 ) -> Objective:
     """Return the layer's objective as a function of (R1, R2).
+
+    Of several processes each has a term of it, and their gradients add up to the objective's. A process rotates and
+    scores its part of every linear's outputs (for the entropy of down: inputs), and computes the energies of its
+    columns of R1, which are gathered, so that all have to evaluate together. The entropy, which takes both rows and
+    columns of v and o, rotates these two whole in every process.
 
     entropy (paper): over the rows of query, key, gate, up; the columns of down; both of value and output.
     pruning_error: of each linear the importance that the mask will remove, over tr(W H W^T), which no rotation changes.
@@ -195,6 +202,7 @@ def build_objective(
 
     Args:
         value_map: what R2 may be; see `Rotation`.
+        world: the processes that call this, and what it returns, together.
     """
     assert value_map == "orthogonal" or salience != "magnitude", "PruneConfig refuses it: o's importance can be scaled"
     W, sizes = problem.weights, problem.sizes
@@ -217,15 +225,21 @@ def build_objective(
         return one if is_entropy else G.get(name, one) / norms[name]
 
     def reading(*names: str) -> RotatedWeight:
-        joined = torch.cat([W[name].to(problem.products) for name in names]).mT.contiguous()
-        return RotatedWeight(joined, torch.cat([counts(name).expand(len(W[name])) for name in names]), by_output)
+        joined = torch.cat([world.own(W[name], 0, ALIGNED).to(problem.products) for name in names]).mT.contiguous()
+        each = [world.own(counts(name).expand(len(W[name])), 0, ALIGNED) for name in names]
+        return RotatedWeight(joined, torch.cat(each), by_output)
 
     query_key, gate_up = reading("query", "key"), reading("gate", "up")
+    of_down = W["down"]
+    if is_entropy:
+        of_down = world.own(of_down, 1, ALIGNED)
+        down_energy = None if down_energy is None else world.own(down_energy, 0, ALIGNED)
     down = RotatedWeight(
-        W["down"].to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
+        of_down.to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
     )
-    value, output = (W[name].to(problem.products) for name in ("value", "output"))
-    value, output = value.mT.contiguous(), output.contiguous()
+    head = sizes.head_dim
+    of_heads = W["value"] if is_entropy else world.own(W["value"], 0, head)
+    value, output = of_heads.to(problem.products).mT.contiguous(), W["output"].to(problem.products).contiguous()
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
@@ -233,7 +247,12 @@ def build_objective(
     }
 
     def energy(inputs: str, R: Tensor) -> Tensor | None:
-        return None if salience == "magnitude" else rotated_energy(moments[inputs], R, salience)
+        if salience == "magnitude":
+            return None
+        if salience == "sequential_obs" or R.ndim == 3:  # a Cholesky factor has no parts, and blocks take no time
+            return rotated_energy(moments[inputs], R, salience)
+        own = rotated_energy(moments[inputs], world.own(R, 1, ALIGNED), salience)
+        return world.gather_rows(own, R.shape[1], ALIGNED)
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
         if value_map == "orthogonal":
@@ -246,10 +265,13 @@ def build_objective(
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
         of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
         attention_energy = energy("attention", R1)
-        of_value = rotate_output_columns(rotated_weight(R1, value), R2.to(value.dtype), 1)
-        of_output = rotate_value_rows(rotated_weight(R1, output).mT, of_readers.to(output.dtype))
-        is_weighed = "value" in G and not is_entropy
-        weight_of_value = output_weights(G["value"], R2_of_reader) / norms["value"] if is_weighed else counts("value")
+        columns, heads = (R1, R2) if is_entropy else (world.own(R1, 1, ALIGNED), world.own(R2))
+        of_value = rotate_output_columns(rotated_weight(R1, value), heads.to(value.dtype), 1)
+        of_output = rotate_value_rows(rotated_weight(columns, output).mT, of_readers.to(output.dtype))
+        if "value" in G and not is_entropy:
+            weight_of_value = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
+        else:
+            weight_of_value = counts("value")
         parts = [
             (of_value, attention_energy, weight_of_value),
             (of_output, output_energy(of_queries), counts("output")),
@@ -257,18 +279,19 @@ def build_objective(
         scores = [
             rotated_score(R1, attention_energy, query_key),
             rotated_score(R1, energy("mlp", R1), gate_up),
-            rotated_score(R1, down_energy, down),
-            *(importance_score(*part, by_output) for part in parts),
+            rotated_score(columns, down_energy, down),
+            *(importance_score(world.own(T, 1) if is_entropy else T, E, each, by_output) for T, E, each in parts),
         ]
         if is_entropy:
-            scores += [importance_score(*part, by_input) for part in parts]
+            of_inputs = [(world.own(T), None if E is None else world.own(E), each) for T, E, each in parts]
+            scores += [importance_score(*part, by_input) for part in of_inputs]
         return torch.stack(scores).sum()
 
     return evaluate
 
 
-def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:
-    """Sum one objective for each layer over (R1, R2), R2 (layers k, h, h), layer after layer.
+def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> ObjectiveWithGradients:
+    """Sum one objective for each layer over (R1, R2), R2 (layers k, h, h), layer after layer, and over all processes.
 
     Only one layer's intermediates exist at a time.
     """
@@ -283,7 +306,8 @@ def with_gradients(objectives: Sequence[Objective]) -> ObjectiveWithGradients:
             total += loss.detach()
             G1 += gradients[0]
             G2.append(gradients[1])
-        return total, G1, torch.cat(G2)
+        G1, G, total = world.sums([G1, torch.cat(G2), total])  # in this order: both matrices stay aligned
+        return total, G1, G
 
     return evaluate
 

@@ -321,7 +321,7 @@ def learn_shared_rotation(
     The layers' statistics are those of the dense layers on what the pruned ones before the run put out.
     """
     ahead = stream.fork()
-    store = ProblemStore(run.scratch("problems"), settings, job.source.sizes, job.device)
+    store = ProblemStore(run.scratch("problems"), settings, job.source.sizes, job.device, job.world)
     orders: list[Tensor | None] = []
     with progress("statistics of dense layers", len(group)) as advance:
         for index in group:
@@ -348,7 +348,8 @@ def learn_shared_rotation(
                 importances = importances_of_gate(store.problem(position), rotation, settings)
                 draw_importance(run, group[position], job.source.spec, *importances)
             with torch.no_grad():
-                values = [float(objective(at.R1, at.R2)) for at in (identity, rotation)]
+                terms = (objective(at.R1, at.R2) for at in (identity, rotation))
+                values = [float(job.world.all_reduce_(term)) for term in terms]
             learned.append(
                 dataclasses.replace(trained, rotation=rotation, objective_before=values[0], objective_after=values[1])
             )

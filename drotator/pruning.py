@@ -141,12 +141,11 @@ def importance(W: Tensor, H: Tensor | None, R: Tensor | None, settings: PruneCon
     return S * column_energy(H, R, salience, settings.pruner.damping)
 
 
-def objective_of(problem: LayerProblem, settings: PruneConfig) -> Objective:
-    """The objective that the settings ask for, of one layer."""
-    salience = chosen_salience(settings.objective, settings.pruner.name)
-    return build_objective(
-        settings.objective, salience, settings.sparsity, problem, settings.pruner.damping, settings.rotation.value_map
-    )
+def objective_of(problem: LayerProblem, settings: PruneConfig, world: World = ALONE) -> Objective:
+    """The objective that the settings ask for, of one layer; this process's term of it."""
+    salience, damping = chosen_salience(settings.objective, settings.pruner.name), settings.pruner.damping
+    value_map = settings.rotation.value_map
+    return build_objective(settings.objective, salience, settings.sparsity, problem, damping, value_map, world)
 
 
 def starting_rotation(
@@ -181,15 +180,17 @@ def learn_rotation(
 ) -> TrainedRotation:
     """Learn one R1 for all the layers given, and the R2 of each; R2 of the result is (layers k, h, h).
 
-    Every process of the world learns the same from the same moments; what the first one has learned counts.
+    Every process of the world has its term of the objectives and of their gradients, and takes the same steps along
+    the sum; what the first one has learned counts.
     """
     trained = train_rotation(
-        with_gradients(objectives),
+        with_gradients(objectives, world),
         start,
         settings.optimizer,
         learns=(settings.rotation.R1, settings.rotation.R2),
-        can_capture=can_capture,
+        can_capture=all(world.gather(can_capture)),
         precision=precision,
+        world=world,
     )
     for R in (trained.rotation.R1, trained.rotation.R2):
         world.broadcast_(R)
@@ -204,16 +205,15 @@ def learn_layer(dense: DenseLayer, settings: PruneConfig, previous: Tensor | Non
     Raises: RuntimeError that names the layer.
     """
     context = dense.context
+    world = context.stream.world
     with context.watch.measure("rotate"):
         with naming(f"Layer {context.index}"):
             start = starting_rotation(dense.problem, 1, settings, previous)
-            objective = objective_of(dense.problem, settings)
-            trained = learn_rotation(
-                [objective], start, settings, context.stream.world, precision=dense.problem.precision
-            )
+            objective = objective_of(dense.problem, settings, world)
+            trained = learn_rotation([objective], start, settings, world, precision=dense.problem.precision)
         with torch.no_grad():
             identity = Rotation.identity(context.sizes, context.stream.device)
-            before = float(objective(identity.R1, identity.R2))
+            before = float(world.all_reduce_(objective(identity.R1, identity.R2)))
     rotation = dataclasses.replace(trained.rotation, order=dense.order)
     return dataclasses.replace(trained, rotation=rotation, objective_before=before)
 

@@ -106,8 +106,10 @@ class _Rotated(torch.autograd.Function):
         W, total = weight.W, R.new_zeros(())
         rotation, G = R.to(W.dtype), torch.zeros_like(R)
         of_energy = R.new_zeros(len(W))
-        num_parts = math.ceil(W.numel() / PART)
-        for part in torch.arange(W.shape[0 if weight.by_input else 1]).tensor_split(num_parts):
+        num_inputs, num_outputs = len(W), R.shape[1] if weight.writes else W.shape[1]
+        num_parts = math.ceil(num_inputs * num_outputs / PART)
+        whole = torch.arange(num_inputs if weight.by_input else num_outputs)
+        for part in whole.tensor_split(num_parts) if num_parts else ():
             span = slice(int(part[0]), int(part[-1]) + 1)
             rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
             T = W[rows] @ rotation[:, columns] if weight.writes else rotation[:, rows].mT @ W[:, columns]
@@ -189,7 +191,8 @@ def rotated_score(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Te
     """The score of the importances T^2 * energy * counts, with T the rotated weight. Differentiable by R and energy.
 
     Args:
-        R: (d, d) float32 or float64. energy: (d_in,), of the inputs, or None.
+        R: (d, d) float32 or float64; for a weight that writes, any columns of it: the outputs that are scored.
+        energy: (d_in,), of the inputs, or None.
     """
     value: Tensor = _Rotated.apply(R, energy, weight)
     return value

@@ -17,6 +17,7 @@ from torch import Tensor
 from drotator.architecture import LayerSizes
 from drotator.artifacts import save_tensors
 from drotator.config import PruneConfig
+from drotator.distributed import ALONE, World
 from drotator.objectives import LayerProblem, Objective
 from drotator.pruning import objective_of
 from drotator.resources import memory_of
@@ -26,10 +27,15 @@ DEVICE_SHARE = 0.25
 
 
 class ProblemStore(Sequence[Objective]):
-    """The objectives of a run of layers, in order; those that do not fit in memory are made anew at every access."""
+    """The objectives of a run of layers, in order; those that do not fit in memory are made anew at every access.
 
-    def __init__(self, folder: Path, settings: PruneConfig, sizes: LayerSizes, device: torch.device) -> None:
-        self.folder, self.settings, self.sizes, self.device = folder, settings, sizes, device
+    world: each of its processes has the whole problems, and its terms of the objectives.
+    """
+
+    def __init__(
+        self, folder: Path, settings: PruneConfig, sizes: LayerSizes, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.folder, self.settings, self.sizes, self.device, self.world = folder, settings, sizes, device, world
         self.budget = DEVICE_SHARE * memory_of(device)
         self.resident: dict[int, tuple[LayerProblem, Objective]] = {}
         self.length = 0
@@ -41,7 +47,7 @@ class ProblemStore(Sequence[Objective]):
         needed = 2 * sum(tensor.nbytes for tensor in tensors_of(problem).values())  # the objective keeps a copy of most
         if needed <= self.budget:
             self.budget -= needed
-            self.resident[self.length] = (problem, objective_of(problem, self.settings))
+            self.resident[self.length] = (problem, objective_of(problem, self.settings, self.world))
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.file(self.length), tensors_of(problem), {})
@@ -61,7 +67,7 @@ class ProblemStore(Sequence[Objective]):
             raise IndexError(position)
         if position in self.resident:
             return self.resident[position][1]
-        return objective_of(self.problem(position), self.settings)
+        return objective_of(self.problem(position), self.settings, self.world)
 
     def __len__(self) -> int:
         return self.length

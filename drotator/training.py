@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drotator.config import OptimizerConfig
+from drotator.distributed import ALONE, World
 from drotator.graphs import WARM_UP_CALLS, captured
 from drotator.objectives import ObjectiveWithGradients
 from drotator.optimizers import OPTIMIZERS
@@ -39,6 +40,7 @@ def train_rotation(
     learns: Sequence[bool] = (True, True),
     can_capture: bool = True,
     precision: str = "highest",
+    world: World = ALONE,
 ) -> TrainedRotation:
     """Minimise the objective over R1 and R2 together, and keep the best iterate.
 
@@ -51,6 +53,7 @@ def train_rotation(
         precision: of float32 products while training; see `float32_products`. Where it is not the highest, products of
             which few digits matter are in bfloat16. What is returned is made orthogonal to
             float32 in any case.
+        world: the processes that train together, to all of which the objective gives the same.
     Raises: RuntimeError if the objective is not finite at the start.
     """
     build, learning_rate = OPTIMIZERS[settings.name], settings.learning_rate
@@ -84,7 +87,7 @@ def train_rotation(
     with float32_products(precision):
         if can_capture and all(optimizer.can_capture for optimizer in optimizers):
             kept = [tensor for optimizer in optimizers for tensor in optimizer.state]
-            take_step = captured(take_step, [history, best_loss, step, *best, *kept])
+            take_step = captured(take_step, [history, best_loss, step, *best, *kept], world)
         for _ in range(settings.steps + 1):  # the last evaluates the last rotation; its update comes to nothing
             take_step()
     losses = history[: settings.steps + 1].tolist()

@@ -77,12 +77,14 @@ class Verb:
 
     settings: the schema that configs/VERB.yaml composes.
     stage: (settings, run folder, is this a job of a sweep?) -> the number that a sweep would minimise.
+    is_divisible: whether several processes can share the work.
     """
 
     summary: str
     settings: type
     stage: Callable[[Any, Path, bool], float | None]
     examples: tuple[str, ...]
+    is_divisible: bool = False
 
 
 VERBS: dict[str, Verb] = {
@@ -97,6 +99,7 @@ VERBS: dict[str, Verb] = {
             "drotator prune +experiment=paper model=llama3-8b",
             "drotator prune model=llama3-8b resume=RUN",
         ),
+        is_divisible=True,
     ),
     "eval": Verb(
         summary="perplexity and zero-shot accuracy of any checkpoint, dense or pruned",
@@ -138,6 +141,7 @@ VERBS: dict[str, Verb] = {
             "drotator bench model=llama3-70b bench.paper=true",
             "drotator bench kind=inference model=llama3-8b bench.decode=[1,64]",
         ),
+        is_divisible=True,
     ),
     "fetch": Verb(
         summary="bring a model and data sets into the local cache, to go offline",

@@ -21,6 +21,7 @@ from drotator.benchmark import run_bench
 from drotator.benchmark_inference import FixedCache, parts_of
 from drotator.benchmark_pruning import time_step
 from drotator.config import BenchConfig, ObjectiveConfig, PruneConfig, SparsityConfig
+from drotator.distributed import World
 from drotator.measurement import Bench, duration, time_call
 from drotator.objectives import LayerProblem, build_objective
 from drotator.paper_formulation import paper_step
@@ -134,7 +135,7 @@ def test_other_settings_leave_out_what_they_do_not_have(tmp_path, words, has_ste
 def test_a_step_is_timed_without_what_a_training_costs_beside_its_steps(monkeypatch):
     lengths = []
 
-    def train(objectives: Any, start: Any, settings: PruneConfig, *, precision: str) -> None:
+    def train(objectives: Any, start: Any, settings: PruneConfig, world: World, *, precision: str) -> None:
         lengths.append(settings.optimizer.steps)
         time.sleep(0.05 + 0.01 * (settings.optimizer.steps + 1))
 
@@ -271,6 +272,13 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, ki
     settings = bench_settings(tmp_path, f"kind={kind}", intermediate_size=50)
     with pytest.raises(ValueError, match="divisible by 4"):
         run_bench(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_inference_is_measured_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "current", lambda: World(0, 2))
+    with pytest.raises(ValueError, match="the work of one process, but 2 were started"):
+        run_bench(bench_settings(tmp_path, "kind=inference"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -7,24 +7,32 @@ masks follow: there weights are not compared, and errors only to 10 %.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_objectives import DAMPING, SIZES, TWO_OF_FOUR, layer_of, moments, problem, random_map, random_rotation
 from tiny_models import some_tokens, tiny_source
 from tiny_runs import drotator, process_environment, report_of, weights, words_of
+from torch.utils.flop_counter import FlopCounterMode
 
-from drotator.config import PrunerConfig, SparsityConfig
+from drotator.architecture import LayerSizes
+from drotator.config import ObjectiveConfig, OptimizerConfig, PrunerConfig, SparsityConfig
 from drotator.distributed import ALONE, World
+from drotator.objectives import INPUT_OF, LayerProblem, build_objective, with_gradients
 from drotator.processes import Place, place
 from drotator.pruners import PRUNERS
 from drotator.pruners.solve import solve_on_mask
 from drotator.pruning import prune_weight
 from drotator.resources import choose_device
+from drotator.rotation import Rotation
 from drotator.statistics import ActivationStream, white_noise
+from drotator.training import train_rotation
 
 SPLIT = {"num_samples": 7, "batch_size": 4}  # batches of 4 and 3: of either, two and three processes have unequal parts
 CASES = {
@@ -146,7 +154,7 @@ def test_another_number_of_processes_goes_on_with_a_run(runs: Path, size: int) -
 class Gathered(World):
     """A process of several that are called one after the other: what it would send is returned."""
 
-    def gather_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+    def gather_rows(self, rows: torch.Tensor, count: int, unit: int = 1) -> torch.Tensor:
         return rows
 
 
@@ -189,8 +197,158 @@ def test_a_process_alone_gives_back_what_it_is_given() -> None:
     assert (ALONE.all_reduce_(x) is x) and (ALONE.broadcast_(x) is x) and (ALONE.gather_rows(x, 3) is x)
     assert torch.equal(x, kept)
     assert (ALONE.share(lambda: 5), ALONE.in_turn(lambda: 6), ALONE.gather(7)) == (5, 6, [7])
-    assert ALONE.part(9) == slice(0, 9)
+    assert (ALONE.part(9), ALONE.part(9, 4)) == (slice(0, 9), slice(0, 9))
+    assert (ALONE.own(x, 1) is x) and (ALONE.sums([x])[0] is x)
     assert World.current() == ALONE
+
+
+@pytest.mark.parametrize("unit", [1, 4, 8])
+def test_the_parts_of_all_processes_are_whole_units_of_one_row(unit: int) -> None:
+    for count in (0, 3, 8, 23):
+        parts = [World(rank, 5).part(count, unit) for rank in range(5)]
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+        assert all(part.start % unit == 0 or part.start == count for part in parts)
+
+
+# The terms of an objective: an entry of TERMS is its name, salience and sparsity, whether R2 is any invertible map, and
+# whether outputs are weighed. Of three processes, one has no head of the two.
+HALF, FOUR_OF_EIGHT = SparsityConfig(ratio=0.5), SparsityConfig(keep=4, group=8)
+TERMS: dict[str, tuple[str, str, SparsityConfig, str, bool]] = {
+    **{
+        f"entropy-{salience}": ("entropy", salience, TWO_OF_FOUR, "orthogonal", False)
+        for salience in ("magnitude", "wanda", "obs", "sequential_obs")
+    },
+    **{
+        f"error-{salience}-{sparsity.label}": ("pruning_error", salience, sparsity, "orthogonal", False)
+        for salience in ("magnitude", "wanda", "obs", "sequential_obs")
+        for sparsity in (TWO_OF_FOUR, FOUR_OF_EIGHT, HALF)
+    },
+    **{
+        f"error-{salience}-weighed-{value_map}": ("pruning_error", salience, TWO_OF_FOUR, value_map, True)
+        for salience in ("wanda", "obs")
+        for value_map in ("orthogonal", "invertible")
+    },
+    "error-wanda-invertible": ("pruning_error", "wanda", HALF, "invertible", False),
+}
+WIDE = LayerSizes(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+
+
+def summed(case: str, world: World) -> list[torch.Tensor]:
+    """The loss of two layers and both gradients, float64."""
+    name, salience, sparsity, value_map, is_weighed = TERMS[case]
+    at = random_map() if value_map == "invertible" else random_rotation()
+    layers = [layer_of(is_weighed), layer_of(is_weighed)]
+    layers[1] = dataclasses.replace(layers[1], weights=problem(7).weights)
+    given = (ObjectiveConfig(name=name), salience, sparsity)
+    objectives = [build_objective(*given, layer, DAMPING, value_map, world) for layer in layers]
+    return list(with_gradients(objectives, world)(at.R1, torch.cat([at.R2, at.R2.flip(0)])))
+
+
+def trained(name: str, world: World) -> list[torch.Tensor]:
+    """The float32 rotations that 20 steps of an optimizer learn."""
+    layer = problem()
+    weights, hessians = ({key: T.float() for key, T in part.items()} for part in (layer.weights, layer.hessians))
+    given = (ObjectiveConfig(), "wanda", TWO_OF_FOUR, LayerProblem(weights, hessians, SIZES), DAMPING)
+    objective = with_gradients([build_objective(*given, world=world)], world)
+    settings = OptimizerConfig(name=name, steps=20, learning_rate=0.01)
+    rotation = train_rotation(objective, Rotation.identity(SIZES), settings, world=world).rotation
+    return [rotation.R1, rotation.R2]
+
+
+def operations(name: str, world: World) -> int:
+    """Of the products in one evaluation of an objective and its gradients."""
+    d, m, queries, values = WIDE.hidden_size, WIDE.intermediate_size, WIDE.input_size("output"), 32
+    rows = {"query": queries, "key": values, "value": values, "output": d, "gate": m, "up": m, "down": d}
+    inputs = {"attention": d, "output": queries, "mlp": d, "down": m}
+    weights = {key: torch.ones(rows[key], inputs[INPUT_OF[key]]) for key in rows}
+    hessians = {key: moments(size, 3).float() for key, size in inputs.items()}
+    given = (ObjectiveConfig(name=name), "wanda", TWO_OF_FOUR, LayerProblem(weights, hessians, WIDE), DAMPING)
+    objective, at = with_gradients([build_objective(*given, world=world)], world), Rotation.identity(WIDE)
+    with FlopCounterMode(display=False) as counter:
+        objective(at.R1, at.R2)
+    return counter.get_total_flops()
+
+
+def found_by(world: World) -> dict[str, Any]:
+    return {
+        **{case: summed(case, world) for case in TERMS},
+        **{name: trained(name, world) for name in LEARNED},
+        **{f"{name} operations": operations(name, world) for name in ("entropy", "pruning_error")},
+    }
+
+
+LEARNED = ("riemannian_adam", "spectral", "adam_qr")
+IN_PARTS = """
+import os, sys, traceback
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from test_distributed import World, found_by
+
+def start(rank, size, folder):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)
+        where = {"init_method": f"file://{folder}/{size}.store", "timeout": timedelta(seconds=60)}
+        dist.init_process_group("gloo", rank=rank, world_size=size, **where)
+        torch.save(found_by(World.current()), f"{folder}/{size}-{rank}.pt")
+        World.current().barrier()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+for size in (1, 2, 3):
+    children = [start(rank, size, sys.argv[1]) for rank in range(size)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert not any(codes), codes
+"""
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each of one, two and three processes has found, by their number."""
+    folder = tmp_path_factory.mktemp("parts")
+    command = [sys.executable, "-c", IN_PARTS, str(folder)]
+    subprocess.run(command, check=True, env=process_environment(), timeout=200)
+    return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in (1, 2, 3)}
+
+
+several = pytest.mark.parametrize("size", [2, 3])
+
+
+@several
+@pytest.mark.parametrize("case", TERMS)
+def test_the_terms_of_all_processes_add_up_to_the_objective(
+    in_parts: dict[int, list[dict[str, Any]]], case: str, size: int
+) -> None:
+    (alone,) = in_parts[1]
+    for found in in_parts[size]:
+        torch.testing.assert_close(found[case], alone[case], rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(found[case], in_parts[size][0][case], strict=True))
+
+
+@several
+@pytest.mark.parametrize("name", LEARNED)
+def test_all_processes_learn_the_same_rotations_and_those_of_one(
+    in_parts: dict[int, list[dict[str, Any]]], name: str, size: int
+) -> None:
+    (alone,) = in_parts[1]
+    for found in in_parts[size]:
+        torch.testing.assert_close(found[name], alone[name], rtol=0, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(found[name], in_parts[size][0][name], strict=True))
+
+
+@several
+@pytest.mark.parametrize("name", ["entropy", "pruning_error"])
+def test_each_process_has_its_part_of_the_products(
+    in_parts: dict[int, list[dict[str, Any]]], name: str, size: int
+) -> None:
+    (alone,) = in_parts[1]
+    for found in in_parts[size]:
+        assert found[f"{name} operations"] < {2: 0.65, 3: 0.5}[size] * alone[f"{name} operations"]
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -324,10 +482,10 @@ def test_what_several_processes_cannot_do_is_refused_once(ended: Path, name: str
     assert not any((folder / file).read_text() for file in ("out0", "out1", "err1"))
 
 
-def torchrun(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "drotator"]
+def torchrun(words: list[str], cwd: Path, script: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, *words],
+        [*command, *([script] if script else ["-m", "drotator"]), *words],
         env=process_environment(),
         capture_output=True,
         text=True,
@@ -347,6 +505,20 @@ def test_torchrun_starts_a_run_that_one_process_tells_of(inputs: Path, tmp_path:
     assert str(run) in finished.stdout
 
 
+def test_a_benchmark_is_shared_and_written_once(inputs: Path, tmp_path: Path) -> None:
+    few = ("calibration.num_samples=3", "calibration.seqlen=16", "calibration.batch_size=1", "optimizer.steps=1")
+    words = ["bench", "model=local", f"model.path={inputs / 'model'}", "device=cpu", "hydra.run.dir=run", *few]
+    finished = torchrun([*words, "bench.steps=1", "bench.layers=1"], tmp_path)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "2 x cpu" in finished.stdout
+    assert "in each of 2 processes" in " ".join(finished.stdout.split())
+    assert finished.stdout.count("written to") == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"bench.json", "log.txt"}
+    names = [row["name"] for row in json.loads((tmp_path / "run" / "bench.json").read_text())]
+    assert {"rotation step, pruning_error, spectral", "sparsegpt, 7 linears", "layer: rotate"} < set(names)
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.gpu
 def test_two_gpus_end_as_one_does(inputs: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
@@ -356,3 +528,36 @@ def test_two_gpus_end_as_one_does(inputs: Path, tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
     assert drotator(*words, "hydra.run.dir=one", cwd=tmp_path).returncode == 0
     assert_same_but_for_rounding(tmp_path / "two", tmp_path / "one")
+    assert "without a CUDA graph" not in (tmp_path / "two" / "log.txt").read_text()
+
+
+ONE_CANNOT = """
+import torch
+from drotator import processes
+from drotator.graphs import captured
+
+world = processes.join()
+device = torch.device("cuda", world.local_rank)
+torch.cuda.set_device(device)
+total = torch.zeros(1, device=device)
+
+def step():
+    total.add_(world.all_reduce_(torch.ones(1, device=device)))
+    if world.rank == 1:
+        total.item()  # waits for the device
+
+run = captured(step, [total], world)
+for _ in range(5):
+    run()
+assert (run is step, total.item()) == (True, 10.0)
+processes.leave(0)
+"""
+
+
+@pytest.mark.gpu
+def test_no_process_replays_a_step_that_one_cannot_capture(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    (tmp_path / "one_cannot.py").write_text(ONE_CANNOT)
+    finished = torchrun([], tmp_path, script="one_cannot.py")
+    assert (finished.returncode, finished.stderr) == (0, "")

@@ -220,26 +220,28 @@ def build_objective(
     by_output = entropy_along(0) if is_entropy else removal(sparsity)
     by_input = entropy_along(1) if is_entropy else by_output
 
-    def counts(name: str) -> Tensor:
-        one = norms[name].new_ones(())
-        return one if is_entropy else G.get(name, one) / norms[name]
+    counts_vary = "value" in G and not is_entropy
+
+    def counted(name: str) -> Tensor:
+        """W with its outputs times the root of what each counts, but for v's where that varies with R2."""
+        if is_entropy or (name == "value" and counts_vary):
+            return W[name]
+        counts = G.get(name, norms[name].new_ones(())) / norms[name]
+        return W[name] * counts.sqrt().unsqueeze(-1)
 
     def reading(*names: str) -> RotatedWeight:
-        joined = torch.cat([world.own(W[name], 0, ALIGNED).to(problem.products) for name in names]).mT.contiguous()
-        each = [world.own(counts(name).expand(len(W[name])), 0, ALIGNED) for name in names]
-        return RotatedWeight(joined, torch.cat(each), by_output)
+        joined = torch.cat([world.own(counted(name), 0, ALIGNED).to(problem.products) for name in names])
+        return RotatedWeight(joined.mT.contiguous(), by_output)
 
     query_key, gate_up = reading("query", "key"), reading("gate", "up")
-    of_down = W["down"]
+    of_down = counted("down")
     if is_entropy:
         of_down = world.own(of_down, 1, ALIGNED)
         down_energy = None if down_energy is None else world.own(down_energy, 0, ALIGNED)
-    down = RotatedWeight(
-        of_down.to(problem.products).mT.contiguous(), counts("down"), by_input, writes=True, by_input=is_entropy
-    )
+    down = RotatedWeight(of_down.to(problem.products).mT.contiguous(), by_input, writes=True, by_input=is_entropy)
     head = sizes.head_dim
-    of_heads = W["value"] if is_entropy else world.own(W["value"], 0, head)
-    value, output = of_heads.to(problem.products).mT.contiguous(), W["output"].to(problem.products).contiguous()
+    of_heads = counted("value") if is_entropy else world.own(counted("value"), 0, head)
+    value, output = of_heads.to(problem.products).mT.contiguous(), counted("output").to(problem.products).contiguous()
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
@@ -268,23 +270,19 @@ def build_objective(
         columns, heads = (R1, R2) if is_entropy else (world.own(R1, 1, ALIGNED), world.own(R2))
         of_value = rotate_output_columns(rotated_weight(R1, value), heads.to(value.dtype), 1)
         of_output = rotate_value_rows(rotated_weight(columns, output).mT, of_readers.to(output.dtype))
-        if "value" in G and not is_entropy:
-            weight_of_value = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
-        else:
-            weight_of_value = counts("value")
-        parts = [
-            (of_value, attention_energy, weight_of_value),
-            (of_output, output_energy(of_queries), counts("output")),
-        ]
+        if counts_vary:
+            counts = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
+            of_value = of_value * counts.clamp_min(torch.finfo(counts.dtype).tiny).sqrt().to(of_value.dtype)
+        parts = [(of_value, attention_energy), (of_output, output_energy(of_queries))]
         scores = [
             rotated_score(R1, attention_energy, query_key),
             rotated_score(R1, energy("mlp", R1), gate_up),
             rotated_score(columns, down_energy, down),
-            *(importance_score(world.own(T, 1) if is_entropy else T, E, each, by_output) for T, E, each in parts),
+            *(importance_score(world.own(T, 1) if is_entropy else T, E, by_output) for T, E in parts),
         ]
         if is_entropy:
-            of_inputs = [(world.own(T), None if E is None else world.own(E), each) for T, E, each in parts]
-            scores += [importance_score(*part, by_input) for part in of_inputs]
+            of_inputs = [(world.own(T), None if E is None else world.own(E)) for T, E in parts]
+            scores += [importance_score(T, E, by_input) for T, E in of_inputs]
         return torch.stack(scores).sum()
 
     return evaluate

@@ -86,13 +86,12 @@ def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
 class RotatedWeight:
     """A weight that one side of R1 acts on, and how its importances are scored.
 
-    W: W^T (d_in, d_out) in the dtype of its products with R1. counts: () or (d_out,), what each output counts.
+    W: W^T (d_in, d_out) in the dtype of its products with R1, times the root of what each output counts.
     writes: whether W^T becomes W^T R1, of a linear that writes into the residual stream, or R1^T W^T, of a reader.
     by_input: whether the score looks at each input alone, so that parts are made of inputs; otherwise of outputs.
     """
 
     W: Tensor
-    counts: Tensor
     score: Score
     writes: bool = False
     by_input: bool = False
@@ -113,9 +112,8 @@ class _Rotated(torch.autograd.Function):
             span = slice(int(part[0]), int(part[-1]) + 1)
             rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
             T = W[rows] @ rotation[:, columns] if weight.writes else rotation[:, rows].mT @ W[:, columns]
-            counts = weight.counts if weight.counts.ndim == 0 else weight.counts[columns]
             of_part = None if energy is None else energy[rows]
-            value, D, found, _ = fused(_score_part, T)(T, of_part, counts, weight.score, False)
+            value, D, found = fused(_score_part, T)(T, of_part, weight.score)
             total += value
             of_energy[rows] += found
             if weight.writes:
@@ -133,15 +131,15 @@ class _Rotated(torch.autograd.Function):
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> Tensor:
-        value, *gradients = fused(_score_part, T)(T, energy, counts, score, ctx.needs_input_grad[2])
-        ctx.save_for_backward(*gradients)
+    def forward(ctx: Any, T: Tensor, energy: Tensor | None, score: Score) -> Tensor:
+        value, D, of_energy = fused(_score_part, T)(T, energy, score)
+        ctx.save_for_backward(D, of_energy)
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (G * grad.to(G.dtype) for G in ctx.saved_tensors)
-        return *(G if is_read else None for G, is_read in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        D, of_energy = ctx.saved_tensors
+        return D * grad.to(D.dtype), of_energy * grad if ctx.needs_input_grad[1] else None, None
 
 
 class _Product(torch.autograd.Function):
@@ -156,28 +154,26 @@ class _Product(torch.autograd.Function):
         return product(W.mT, grad.mT), None
 
 
-def _score_part(
-    T: Tensor, energy: Tensor | None, counts: Tensor, score: Score, counts_vary: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score T^2 * energy * counts.
-
-    Returns: the score, and its gradients by T, in T's dtype, by energy, and by counts where these vary.
-    """
-    squares = T.to(torch.promote_types(T.dtype, torch.float32)).square()
-    weighed = squares if energy is None else squares * energy[:, None]
-    value, slope = score(weighed * counts)
-    D = 2 * T * (slope * counts if energy is None else slope * counts * energy[:, None])
-    of_counts = (slope * weighed).sum_to_size(counts.shape) if counts_vary else torch.zeros_like(counts)
-    return value, D.to(T.dtype), (slope * counts * squares).sum(1), of_counts
+def _score_part(T: Tensor, energy: Tensor | None, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """Score T^2 * energy. Returns: the score, and its gradients by T, in T's dtype, and by energy."""
+    T32 = T.to(torch.promote_types(T.dtype, torch.float32))
+    S = T32.square()
+    if energy is not None:
+        S *= energy[:, None]
+    value, slope = score(S)
+    D = torch.where(slope, T32, 0) if slope.dtype is torch.bool else T32 * slope
+    of_energy = (D * T32).sum(1)
+    D *= 2 if energy is None else 2 * energy[:, None]
+    return value, D.to(T.dtype), of_energy
 
 
-def importance_score(T: Tensor, energy: Tensor | None, counts: Tensor, score: Score) -> Tensor:
-    """The score of the importances T^2 * energy * counts. Differentiable by all three.
+def importance_score(T: Tensor, energy: Tensor | None, score: Score) -> Tensor:
+    """The score of the importances T^2 * energy. Differentiable by both.
 
     Args:
-        T: W^T (d_in, d_out). energy: (d_in,), of the inputs, or None. counts: () or (d_out,).
+        T: W^T (d_in, d_out), times the root of what each output counts. energy: (d_in,), of the inputs, or None.
     """
-    value: Tensor = _Scored.apply(T, energy, counts, score)
+    value: Tensor = _Scored.apply(T, energy, score)
     return value
 
 
@@ -188,7 +184,7 @@ def rotated_weight(R: Tensor, W: Tensor) -> Tensor:
 
 
 def rotated_score(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
-    """The score of the importances T^2 * energy * counts, with T the rotated weight. Differentiable by R and energy.
+    """The score of the importances T^2 * energy, with T the rotated weight. Differentiable by R and energy.
 
     Args:
         R: (d, d) float32 or float64; for a weight that writes, any columns of it: the outputs that are scored.

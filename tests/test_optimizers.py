@@ -182,7 +182,7 @@ def test_riemannian_adam_reaches_a_lower_entropy_in_half_the_steps_of_adam_qr() 
         losses = []
         for step in range(steps):
             R = optimizer.rotation().clone().requires_grad_()
-            loss = importance_score(W @ R, None, torch.ones(()), entropy_along(1))
+            loss = importance_score(W @ R, None, entropy_along(1))
             losses.append(float(loss.detach()))
             optimizer.update(torch.autograd.grad(loss, R)[0], torch.tensor(step / steps))
         reached[name] = min(losses)

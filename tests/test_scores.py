@@ -40,27 +40,25 @@ SCORES: dict[str, tuple[Score, Reference, bool]] = {  # the score, its reference
 by_score = pytest.mark.parametrize("name", SCORES)
 by_side = pytest.mark.parametrize("writes", [False, True], ids=["reader", "writer"])
 by_energy = pytest.mark.parametrize("has_energy", [False, True], ids=["no-energy", "energy"])
-by_counts = pytest.mark.parametrize("per_output", [False, True], ids=["scalar", "per-output"])
 
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def problem(name: str, writes: bool, has_energy: bool, per_output: bool) -> tuple[Tensor, Tensor | None, RotatedWeight]:
+def problem(name: str, writes: bool, has_energy: bool) -> tuple[Tensor, Tensor | None, RotatedWeight]:
     """A rotation, the energy of the inputs and a weight whose values bfloat16 holds exactly; all float64."""
     W = draw(0, OTHER, D) if writes else draw(0, D, OTHER)
     R = torch.linalg.qr(draw(1, D, D)).Q
-    d_in, d_out = W.shape
+    d_in = len(W)
     energy = draw(2, d_in).exp() if has_energy else None
-    counts = draw(3, d_out).exp() if per_output else draw(3).exp()
     score, _, by_input = SCORES[name]
-    return R, energy, RotatedWeight(W.bfloat16().double(), counts, score, writes, by_input)
+    return R, energy, RotatedWeight(W.bfloat16().double(), score, writes, by_input)
 
 
 def reference(R: Tensor, energy: Tensor | None, weight: RotatedWeight, of: Reference) -> Tensor:
     T = weight.W @ R if weight.writes else R.mT @ weight.W
-    return of(T.square() * (1 if energy is None else energy[:, None]) * weight.counts)
+    return of(T.square() * (1 if energy is None else energy[:, None]))
 
 
 def with_gradients(value: Callable[..., Tensor], R: Tensor, energy: Tensor | None) -> list[Tensor]:
@@ -73,12 +71,11 @@ def with_gradients(value: Callable[..., Tensor], R: Tensor, energy: Tensor | Non
 @by_score
 @by_side
 @by_energy
-@by_counts
 @pytest.mark.parametrize("part", [2**26, 150], ids=["whole", "parts"])
 def test_value_and_gradients_are_those_of_autograd_whatever_the_parts(
-    name: str, writes: bool, has_energy: bool, per_output: bool, part: int, monkeypatch: pytest.MonkeyPatch
+    name: str, writes: bool, has_energy: bool, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    R, energy, weight = problem(name, writes, has_energy, per_output)
+    R, energy, weight = problem(name, writes, has_energy)
     expected = with_gradients(lambda R, e: reference(R, e, weight, SCORES[name][1]), R, energy)
     seen: list[int] = []
 
@@ -87,7 +84,7 @@ def test_value_and_gradients_are_those_of_autograd_whatever_the_parts(
         return SCORES[name][0](S)
 
     monkeypatch.setattr(scores, "PART", part)
-    counted = RotatedWeight(weight.W, weight.counts, counting, weight.writes, weight.by_input)
+    counted = RotatedWeight(weight.W, counting, weight.writes, weight.by_input)
     found = with_gradients(lambda R, e: rotated_score(R, e, counted), R, energy)
     assert len(seen) == -(-D * OTHER // part)
     assert sum(seen) == D * OTHER
@@ -96,7 +93,7 @@ def test_value_and_gradients_are_those_of_autograd_whatever_the_parts(
 
 @by_side
 def test_an_energy_that_the_rotation_makes_gives_its_part_of_the_gradient(writes: bool) -> None:
-    R, _, weight = problem("2of4", writes, True, True)
+    R, _, weight = problem("2of4", writes, True)
     H = draw(5, len(weight.W), D)
 
     def energy(R: Tensor) -> Tensor:
@@ -108,7 +105,7 @@ def test_an_energy_that_the_rotation_makes_gives_its_part_of_the_gradient(writes
 
 
 def test_an_energy_that_needs_no_gradient_gets_none() -> None:
-    R, energy, weight = problem("2of4", False, True, False)
+    R, energy, weight = problem("2of4", False, True)
     assert energy is not None
     rotated_score(R.requires_grad_(), energy, weight).backward()
     assert R.grad is not None and R.grad.count_nonzero()
@@ -126,7 +123,7 @@ def test_bfloat16_products_leave_value_and_gradients_near(name: str, writes: boo
     with that of the mask found, and that mask removes as little as the exact one to 4 u of either.
     """
     u = 2**-9
-    R, energy, weight = problem(name, writes, True, True)
+    R, energy, weight = problem(name, writes, True)
     assert energy is not None
     slopes: list[Tensor] = []
 
@@ -136,7 +133,7 @@ def test_bfloat16_products_leave_value_and_gradients_near(name: str, writes: boo
         slopes.append(slope)
         return value, slope
 
-    low = RotatedWeight(weight.W.bfloat16(), weight.counts.float(), recording, writes, weight.by_input)
+    low = RotatedWeight(weight.W.bfloat16(), recording, writes, weight.by_input)
     found = with_gradients(lambda R, e: rotated_score(R, e, low), R.float(), energy.float())
     assert all(tensor.dtype is torch.float32 for tensor in found)
     assert slopes[0].numel() == D * OTHER

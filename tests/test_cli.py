@@ -208,6 +208,10 @@ def test_help_composition_and_refusals_import_no_torch(environment: dict[str, st
         ("prune model.dtype=fp16", "choose from auto, float32, bfloat16, float16"),
         ("prune rotation.groups=2", "rotation.groups=2 is not allowed: needs rotation=shared."),
         (
+            "prune rotation=none rotation.permute=both",
+            "rotation.permute=both is not allowed: needs rotation=per_layer or",
+        ),
+        (
             "prune rotation.permute=all",
             "rotation.permute=all is not allowed: choose from none, intermediate, residual, both.",
         ),

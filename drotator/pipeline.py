@@ -132,6 +132,8 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
             check_evaluation(model_bytes(source, settings.rotation), device)
         tokenizer = load_tokenizer(source.folder)
         windows = world.share(lambda: calibration.calibration_windows(settings.calibration, tokenizer))
+        for _, to_do in planned:
+            to_do.keep_inputs(source.folder, windows)
     with watch.measure("evaluate"):
         dense = world.share(lambda: dense_metrics(source, tokenizer, settings.eval, seed=settings.seed, device=device))
     return Job(source, tokenizer, windows, device, dense, watch.seconds, memory, world)

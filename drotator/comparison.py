@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from drotator.summary import (
     say,
 )
 
+MAX_TEXT_WIDTH = 22
 COMPARED = (*PERPLEXITY_SETS, "zero_shot_mean")
 
 
@@ -72,13 +75,17 @@ def report_command(paths: list[Path], output: Path | None) -> None:
     runs.sort(key=lambda item: _order(item[1]))
     comparison = _compare([report for _, report in runs])
     listing = [f"{i}: {run}" for i, (run, _) in enumerate(runs, start=1)]
-    listing += [f"unfinished, {count} layers done: {run} (go on with resume={run})" for run, count in unfinished]
-    listing += [message for _, message in damaged]
+    others = [f"unfinished, {count} layers done: {run} (go on with resume={run})" for run, count in unfinished]
+    others += [message for _, message in damaged]
+    shown = listing
     if runs:
-        for text in comparison.shared:
+        table, left_out = _fitting_table(comparison)
+        usual, notes = _told_beside(comparison, left_out)
+        for text in [*comparison.shared, *usual]:
             say(text)
-        console().print(_comparison_table(comparison))
-    for text in listing:
+        console().print(table)
+        shown = [f"{text}{note}" for text, note in zip(listing, notes, strict=True)]
+    for text in shown + others:
         say(text, is_wrapped=False)
     if output is None:
         return
@@ -101,7 +108,7 @@ def report_command(paths: list[Path], output: Path | None) -> None:
     else:
         parts = ["# Comparison of runs", *comparison.shared]
         parts += [markdown_table(comparison.header, comparison.body, num_left=comparison.num_left)] if runs else []
-        parts += [markdown_list(listing), *([f"![Comparison of the runs]({plot.name})"] if figure else [])]
+        parts += [markdown_list(listing + others), *([f"![Comparison of the runs]({plot.name})"] if figure else [])]
         write_text(output, "\n\n".join(parts) + "\n")
 
 
@@ -171,14 +178,51 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
     )
 
 
-def _comparison_table(comparison: Comparison) -> Table:
+def _fitting_table(comparison: Comparison) -> tuple[Table, list[str]]:
+    """Lay out the columns of settings that the console has room for; return the names of those that it has not."""
+    kept, left_out = ["run"], list[str]()
+    endless = console().options.update(max_width=sys.maxsize)
+    for name in comparison.header[1 : comparison.num_left]:
+        fits = console().measure(_table(comparison, [*kept, name]), options=endless).maximum <= console().width
+        (kept if fits else left_out).append(name)
+    return _table(comparison, kept), left_out
+
+
+def _table(comparison: Comparison, kept: Sequence[str]) -> Table:
+    places = [i for i, name in enumerate(comparison.header) if i >= comparison.num_left or name in kept]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(comparison.header):
+    for i in places:
         is_text = i < comparison.num_left
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        table.add_column(
+            comparison.header[i],
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=not is_text,
+            max_width=MAX_TEXT_WIDTH if is_text else None,
+        )
+    last_dense: list[str] = []
     for line in comparison.body:
-        table.add_row(*map(Text, line), style="dim" if line[0] == "dense" else "")
+        cells = [line[i] for i in places]
+        if line[0] == "dense" and cells == last_dense:  # what sets it apart has no column
+            continue
+        last_dense = cells if line[0] == "dense" else last_dense
+        table.add_row(*map(Text, cells), style="dim" if line[0] == "dense" else "")
     return table
+
+
+def _told_beside(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Say in a line what settings without a column usually are, and for every run in which it differs from that."""
+    runs = [dict(zip(comparison.header, line, strict=True)) for line in comparison.body if line[0] != "dense"]
+    usual = dict.fromkeys(names, UNUSED)
+    for name in usual.keys() - {"also"}:
+        usual[name] = Counter(run[name] for run in runs if run[name] != UNUSED).most_common(1)[0][0]
+    said = "; ".join(f"{name} {value}" for name, value in usual.items() if value != UNUSED)
+    notes = []
+    for run in runs:
+        differing = [name for name in names if run[name] not in (usual[name], UNUSED)]
+        note = "; ".join(run[name] if name == "also" else f"{name} {run[name]}" for name in differing)
+        notes.append(f" ({note})" if note else "")
+    return [f"Unless it is said beside a run's folder: {said}."] if said else [], notes
 
 
 def _cell(metrics: Metrics, key: str) -> str:

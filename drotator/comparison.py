@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from drotator.report import load_report, markdown_list, markdown_table, without_
 from drotator.results import Metrics, RunReport
 from drotator.summary import (
     EVALUATION,
+    NAMES,
     SETTINGS,
     UNUSED,
     column_name,
@@ -43,13 +44,15 @@ COMPARED = (*PERPLEXITY_SETS, "zero_shot_mean")
 class Comparison:
     """Many runs as a table: what all share in words, then header and body (a line for the dense model above its runs).
 
-    num_left: columns of text at the left. labels: one name for each run, for the plot.
+    num_left: columns of text at the left. usual: what a setting is in most runs, by the names in which they differ.
+    labels: one name for each run, for the plot.
     """
 
     shared: list[str]
     header: list[str]
     num_left: int
     body: list[list[str]]
+    usual: dict[str, str]
     labels: list[str]
 
 
@@ -157,7 +160,7 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
     shared = [f"All runs: {'; '.join(same)}.", "Perplexity: lower is better. Zero-shot mean in %: higher is better."]
     if differing := [name for name in EVALUATION if name in varying]:
         shared.append(f"The runs differ in {', '.join(differing)}: do not compare their metrics.")
-    named = [name for name in SETTINGS if name in varying or name in ("pruner", "sparsity", "rotation")]
+    usual = {name: _most_frequent(line[name] for line in settings) for name in varying} | {"also": UNUSED}
     metrics = [key for key in COMPARED if any(key in part for report in reports for part in report.metrics.values())]
     body: list[list[str]] = []
     last_dense: list[str] = []
@@ -174,8 +177,21 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
         header=["run", *varying, *("zero-shot" if key == "zero_shot_mean" else key for key in metrics), "min"],
         num_left=1 + len(varying),
         body=body,
-        labels=[f"{i}: {' '.join(line[name] for name in named)}" for i, line in enumerate(settings, start=1)],
+        usual=usual,
+        labels=[_label(i, line, varying, usual) for i, line in enumerate(settings, start=1)],
     )
+
+
+def _most_frequent(values: Iterable[str]) -> str:
+    return Counter(value for value in values if value != UNUSED).most_common(1)[0][0]
+
+
+def _label(number: int, line: Mapping[str, str], varying: Sequence[str], usual: Mapping[str, str]) -> str:
+    """Name a run by model, pruner, sparsity and rotation, and by what is unusual about it."""
+    first = [name for name in NAMES[:4] if name in varying or name != "model"]
+    others = [name for name in varying if name not in first and line[name] not in (usual[name], UNUSED)]
+    words = [line[name] if name in (*NAMES, "also") else f"{name}={line[name]}" for name in first + others]
+    return f"{number}: {' '.join(words)}"
 
 
 def _fitting_table(comparison: Comparison) -> tuple[Table, list[str]]:
@@ -212,13 +228,13 @@ def _table(comparison: Comparison, kept: Sequence[str]) -> Table:
 
 def _told_beside(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Say in a line what settings without a column usually are, and for every run in which it differs from that."""
-    runs = [dict(zip(comparison.header, line, strict=True)) for line in comparison.body if line[0] != "dense"]
-    usual = dict.fromkeys(names, UNUSED)
-    for name in usual.keys() - {"also"}:
-        usual[name] = Counter(run[name] for run in runs if run[name] != UNUSED).most_common(1)[0][0]
-    said = "; ".join(f"{name} {value}" for name, value in usual.items() if value != UNUSED)
+    usual = comparison.usual
+    said = "; ".join(f"{name} {usual[name]}" for name in names if usual[name] != UNUSED)
     notes = []
-    for run in runs:
+    for line in comparison.body:
+        if line[0] == "dense":
+            continue
+        run = dict(zip(comparison.header, line, strict=True))
         differing = [name for name in names if run[name] not in (usual[name], UNUSED)]
         note = "; ".join(run[name] if name == "also" else f"{name} {run[name]}" for name in differing)
         notes.append(f" ({note})" if note else "")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from drotator import comparison
 from drotator.comparison import report_command
 from drotator.console import console
 from drotator.report import load_report, write_report
@@ -407,6 +408,23 @@ def test_the_comparison_is_written_as_markdown_with_a_plot(sweep: Path, tmp_path
     assert "unfinished, 2 layers done" in text
     assert "![Comparison of the runs](table.png)" in text
     assert sorted(entry.name for entry in (tmp_path / "made").iterdir()) == ["table.md", "table.png"]
+
+
+def test_a_run_is_named_in_the_plot_by_what_is_unusual_about_it(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unusual = replace(make_report(), objective="pruning_error")
+    unusual.provenance |= {"steps": 2000, "objective.salience": "wanda"}
+    write_report(sweep / "unusual", unusual)
+    labels: list[str] = []
+    monkeypatch.setattr(comparison, "plot_comparison", lambda path, given, *_: labels.extend(given))
+    report_command([sweep], tmp_path / "table.md")
+    assert labels == [
+        "1: sparsegpt 50 none",
+        "2: wanda 2of4 none",
+        "3: wanda 2of4 per_layer",
+        "4: sparsegpt 2of4 per_layer pruning_error steps=2000 salience=wanda",
+    ]
 
 
 def test_the_comparison_is_written_as_csv_and_json_with_every_number(sweep: Path, tmp_path: Path) -> None:

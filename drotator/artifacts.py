@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drotator.distributed import ALONE, World
-from drotator.folders import write_text
+from drotator.folders import fingerprint, write_text
 from drotator.results import LayerResult, LinearResult
 from drotator.rotation import Rotation
 from drotator.training import TrainedRotation
@@ -28,6 +29,7 @@ from drotator.training import TrainedRotation
 PACKAGES = ("drotator", "torch", "transformers", "datasets", "lm-eval", "hydra-core", "safetensors")
 FREE_TO_CHANGE = ("resume", "baseline", "device", "offload", "recover.save_every")
 """Settings that a resumed run may change: they do not decide what a weight becomes."""
+MAX_NAMED = 4
 PARTS = ("layers", "rotations", "plots")
 """Folders of a pruning run."""
 
@@ -81,17 +83,36 @@ class RunFolder:
             old = flatten(dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise ValueError(f"{self.path / 'config.yaml'} is damaged: start a new run without resume.") from error
-        new = flatten(settings)
-        changed = [
-            f"{name}={new.get(name)} (was {old.get(name)})"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
-        ]
+        self._refuse("other settings", changes(old, flatten(settings), free=FREE_TO_CHANGE))
+
+    def _refuse(self, what: str, changed: list[str]) -> None:
         if changed:
+            more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
             raise ValueError(
-                f"{self.path} holds a run with other settings: {', '.join(changed)}. "
+                f"{self.path} holds a run with {what}: {', '.join(changed[:MAX_NAMED])}{more}. "
                 "Give them as they were, or start a new run without resume."
             )
+
+    def keep_inputs(self, model_folder: Path, windows: Tensor) -> None:
+        """Note in inputs.json which weight files and which calibration tokens the run is made of.
+
+        Raises: ValueError if the run was begun with others (which are named).
+        """
+        self.world.share(lambda: self._keep_inputs(model_folder, windows))
+
+    def _keep_inputs(self, model_folder: Path, windows: Tensor) -> None:
+        tokens = f"{'x'.join(map(str, windows.shape))}, {hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}"
+        inputs = {file.name: fingerprint(file) for file in sorted(model_folder.glob("*.safetensors"))}
+        inputs["calibration tokens"] = tokens
+        path = self.path / "inputs.json"
+        if not path.exists():
+            write_text(path, json.dumps(inputs, indent=2) + "\n")
+            return
+        try:
+            old = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: start a new run without resume.") from error
+        self._refuse("other inputs", changes(old, inputs))
 
     def scratch(self, name: str) -> Path:
         """A folder for files that only this process reads."""
@@ -170,6 +191,15 @@ def load_tensors(path: Path, record: str, *, remedy: str = "") -> tuple[dict[str
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         remedy = remedy or f"delete {path.name} in layers and in rotations there, and resume makes both again"
         raise ValueError(f"{path} {problem}: {remedy}.") from error
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], *, free: Sequence[str] = ()) -> list[str]:
+    """What differs, but for the names that are free to, as "name=new (was old)"."""
+    return [
+        f"{name}={new.get(name)} (was {old.get(name)})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in free
+    ]
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

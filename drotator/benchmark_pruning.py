@@ -32,7 +32,8 @@ from drotator.objectives import LayerProblem, chosen_salience
 from drotator.offload import Batches
 from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
-from drotator.pipeline import Job, missing_bytes, run_once
+from drotator.pipeline import run_once
+from drotator.preparation import Job, missing_bytes
 from drotator.pruners import validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.pruners.sweep_kernel import is_available

@@ -22,7 +22,8 @@ from drotator.export import export_checkpoint
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.folders import write_text
 from drotator.memory import plan_memory
-from drotator.pipeline import Job, missing_bytes, prune_layers
+from drotator.pipeline import prune_layers
+from drotator.preparation import Job, missing_bytes
 from drotator.resources import check_disk_space, choose_device
 from drotator.results import LayerResult
 from drotator.rotation import Rotation, fold_norms, merge_rotation

@@ -73,7 +73,7 @@ def _run(verb: str, words: list[str]) -> int:
     try:
         failures = jobs.launch(verb, plan)
     except KeyboardInterrupt:
-        if not issubclass(VERBS[verb].settings, Resumable) or plan.folder is None:
+        if not issubclass(VERBS[verb].settings, Resumable) or plan.folder is None or not plan.has_started:
             raise
         return _end(f"interrupted. Go on with: {composition.command_line(verb, words, plan.folder)}", 130)
     for failure in failures:

@@ -7,7 +7,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from drotator.report import load_report, markdown_list, markdown_table, without_
 from drotator.results import Metrics, RunReport
 from drotator.summary import (
     EVALUATION,
+    NAMES,
     SETTINGS,
     UNUSED,
     column_name,
@@ -33,6 +36,7 @@ from drotator.summary import (
     say,
 )
 
+MAX_TEXT_WIDTH = 22
 COMPARED = (*PERPLEXITY_SETS, "zero_shot_mean")
 
 
@@ -40,13 +44,15 @@ COMPARED = (*PERPLEXITY_SETS, "zero_shot_mean")
 class Comparison:
     """Many runs as a table: what all share in words, then header and body (a line for the dense model above its runs).
 
-    num_left: columns of text at the left. labels: one name for each run, for the plot.
+    num_left: columns of text at the left. usual: what a setting is in most runs, by the names in which they differ.
+    labels: one name for each run, for the plot.
     """
 
     shared: list[str]
     header: list[str]
     num_left: int
     body: list[list[str]]
+    usual: dict[str, str]
     labels: list[str]
 
 
@@ -72,13 +78,17 @@ def report_command(paths: list[Path], output: Path | None) -> None:
     runs.sort(key=lambda item: _order(item[1]))
     comparison = _compare([report for _, report in runs])
     listing = [f"{i}: {run}" for i, (run, _) in enumerate(runs, start=1)]
-    listing += [f"unfinished, {count} layers done: {run} (go on with resume={run})" for run, count in unfinished]
-    listing += [message for _, message in damaged]
+    others = [f"unfinished, {count} layers done: {run} (go on with resume={run})" for run, count in unfinished]
+    others += [message for _, message in damaged]
+    shown = listing
     if runs:
-        for text in comparison.shared:
+        table, left_out = _fitting_table(comparison)
+        usual, notes = _told_beside(comparison, left_out)
+        for text in [*comparison.shared, *usual]:
             say(text)
-        console().print(_comparison_table(comparison))
-    for text in listing:
+        console().print(table)
+        shown = [f"{text}{note}" for text, note in zip(listing, notes, strict=True)]
+    for text in shown + others:
         say(text, is_wrapped=False)
     if output is None:
         return
@@ -101,7 +111,7 @@ def report_command(paths: list[Path], output: Path | None) -> None:
     else:
         parts = ["# Comparison of runs", *comparison.shared]
         parts += [markdown_table(comparison.header, comparison.body, num_left=comparison.num_left)] if runs else []
-        parts += [markdown_list(listing), *([f"![Comparison of the runs]({plot.name})"] if figure else [])]
+        parts += [markdown_list(listing + others), *([f"![Comparison of the runs]({plot.name})"] if figure else [])]
         write_text(output, "\n\n".join(parts) + "\n")
 
 
@@ -150,7 +160,7 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
     shared = [f"All runs: {'; '.join(same)}.", "Perplexity: lower is better. Zero-shot mean in %: higher is better."]
     if differing := [name for name in EVALUATION if name in varying]:
         shared.append(f"The runs differ in {', '.join(differing)}: do not compare their metrics.")
-    named = [name for name in SETTINGS if name in varying or name in ("pruner", "sparsity", "rotation")]
+    usual = {name: _most_frequent(line[name] for line in settings) for name in varying} | {"also": UNUSED}
     metrics = [key for key in COMPARED if any(key in part for report in reports for part in report.metrics.values())]
     body: list[list[str]] = []
     last_dense: list[str] = []
@@ -167,18 +177,68 @@ def _compare(reports: Sequence[RunReport]) -> Comparison:
         header=["run", *varying, *("zero-shot" if key == "zero_shot_mean" else key for key in metrics), "min"],
         num_left=1 + len(varying),
         body=body,
-        labels=[f"{i}: {' '.join(line[name] for name in named)}" for i, line in enumerate(settings, start=1)],
+        usual=usual,
+        labels=[_label(i, line, varying, usual) for i, line in enumerate(settings, start=1)],
     )
 
 
-def _comparison_table(comparison: Comparison) -> Table:
+def _most_frequent(values: Iterable[str]) -> str:
+    return Counter(value for value in values if value != UNUSED).most_common(1)[0][0]
+
+
+def _label(number: int, line: Mapping[str, str], varying: Sequence[str], usual: Mapping[str, str]) -> str:
+    """Name a run by model, pruner, sparsity and rotation, and by what is unusual about it."""
+    first = [name for name in NAMES[:4] if name in varying or name != "model"]
+    others = [name for name in varying if name not in first and line[name] not in (usual[name], UNUSED)]
+    words = [line[name] if name in (*NAMES, "also") else f"{name}={line[name]}" for name in first + others]
+    return f"{number}: {' '.join(words)}"
+
+
+def _fitting_table(comparison: Comparison) -> tuple[Table, list[str]]:
+    """Lay out the columns of settings that the console has room for; return the names of those that it has not."""
+    kept, left_out = ["run"], list[str]()
+    endless = console().options.update(max_width=sys.maxsize)
+    for name in comparison.header[1 : comparison.num_left]:
+        fits = console().measure(_table(comparison, [*kept, name]), options=endless).maximum <= console().width
+        (kept if fits else left_out).append(name)
+    return _table(comparison, kept), left_out
+
+
+def _table(comparison: Comparison, kept: Sequence[str]) -> Table:
+    places = [i for i, name in enumerate(comparison.header) if i >= comparison.num_left or name in kept]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(comparison.header):
+    for i in places:
         is_text = i < comparison.num_left
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        table.add_column(
+            comparison.header[i],
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=not is_text,
+            max_width=MAX_TEXT_WIDTH if is_text else None,
+        )
+    last_dense: list[str] = []
     for line in comparison.body:
-        table.add_row(*map(Text, line), style="dim" if line[0] == "dense" else "")
+        cells = [line[i] for i in places]
+        if line[0] == "dense" and cells == last_dense:  # what sets it apart has no column
+            continue
+        last_dense = cells if line[0] == "dense" else last_dense
+        table.add_row(*map(Text, cells), style="dim" if line[0] == "dense" else "")
     return table
+
+
+def _told_beside(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Say in a line what settings without a column usually are, and for every run in which it differs from that."""
+    usual = comparison.usual
+    said = "; ".join(f"{name} {usual[name]}" for name in names if usual[name] != UNUSED)
+    notes = []
+    for line in comparison.body:
+        if line[0] == "dense":
+            continue
+        run = dict(zip(comparison.header, line, strict=True))
+        differing = [name for name in names if run[name] not in (usual[name], UNUSED)]
+        note = "; ".join(run[name] if name == "also" else f"{name} {run[name]}" for name in differing)
+        notes.append(f" ({note})" if note else "")
+    return [f"Unless it is said beside a run's folder: {said}."] if said else [], notes
 
 
 def _cell(metrics: Metrics, key: str) -> str:

@@ -82,6 +82,11 @@ class Plan:
     folder: Path | None = None
     is_sweep: bool = False
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the folder holds what `resume` goes on with."""
+        return self.folder is not None and _is_run(self.folder, self.is_sweep)
+
 
 def from_hydra(cfg: DictConfig, schema: type) -> Any:
     """Turn a composed config into its dataclass. Raises: ValueError of one line if a value is not allowed."""
@@ -305,11 +310,15 @@ def _like_its_run(overrides: list[Override]) -> list[str]:
 
 def _folder_to_resume(resume: str, is_sweep: bool) -> Path:
     folder = Path(resume)
-    if is_sweep and not folder.is_dir():
+    if _is_run(folder, is_sweep):
+        return folder
+    if is_sweep:
         raise ValueError(f"resume={resume}: there is no such folder. Give the folder of the sweep.")
-    if not is_sweep and not (folder / "config.yaml").is_file():
-        raise ValueError(f"resume={resume}: there is no config.yaml in it. Give the folder of a run that has started.")
-    return folder
+    raise ValueError(f"resume={resume}: there is no config.yaml in it. Give the folder of a run that has started.")
+
+
+def _is_run(folder: Path, is_sweep: bool) -> bool:
+    return folder.is_dir() if is_sweep else (folder / "config.yaml").is_file()
 
 
 def _quoted(text: str) -> str:

@@ -142,6 +142,10 @@ class RotationConfig:
         )
         _require(self.groups >= 1, "rotation.groups", self.groups, "1 or more")
         _require(self.groups == 1 or self.name == "shared", "rotation.groups", self.groups, "needs rotation=shared")
+        for name, idle in (("permute", "none"), ("value_map", "orthogonal")):
+            value = getattr(self, name)
+            fits = self.name != "none" or value == idle
+            _require(fits, f"rotation.{name}", value, "needs rotation=per_layer or rotation=shared")
 
     def runs(self, num_layers: int) -> list[range]:
         """Runs of neighbouring layers that are learned together; R1 is the same within a run."""

@@ -186,6 +186,15 @@ def _gguf_parameters(file: Path) -> int:
         raise ValueError(f"{file} is no GGUF file, or damaged ({_first_line(error)}). Download it again.") from error
 
 
+def _special_tokens(file: Path) -> dict[str, int]:
+    """What the GGUF file says of the tokens that end and pad a text; neither enters a text that is read."""
+    from gguf import GGUFReader
+
+    keys = {"eos_token": "tokenizer.ggml.eos_token_id", "pad_token": "tokenizer.ggml.padding_token_id"}
+    fields = GGUFReader(file).fields
+    return {name: int(fields[key].parts[-1][0]) for name, key in keys.items() if key in fields}
+
+
 def _dequantise(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain float32 model into `folder`, with its tokenizer."""
     try:
@@ -198,6 +207,8 @@ def _dequantise(file: Path, folder: Path) -> None:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            for name, index in _special_tokens(file).items():  # transformers 5.17 takes others
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises no narrower class

@@ -78,6 +78,7 @@ def run_recover(settings: RecoverCommandConfig, run_dir: Path) -> float:
             check_room(run, source)
             tokenizer = load_tokenizer(source.folder)
             windows = calibration.calibration_windows(settings.calibration, tokenizer)
+            run.keep_inputs(source.folder, windows)
             evaluation.prepare(settings.eval, tokenizer)
             report = None
     if report is None:

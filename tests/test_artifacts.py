@@ -71,6 +71,38 @@ def test_a_damaged_config_yaml_is_named(run, content):
     assert "\n" not in str(refused.value)
 
 
+def test_a_run_folder_keeps_its_inputs_and_refuses_others(run, tmp_path):
+    windows = torch.arange(6).reshape(2, 3)
+    for name in "bca":
+        save_file({"weight": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    run.keep_inputs(tmp_path, windows)
+    written = (run.path / "inputs.json").read_text()
+    assert list(json.loads(written)) == ["a.safetensors", "b.safetensors", "c.safetensors", "calibration tokens"]
+    run.keep_inputs(tmp_path, windows.clone())
+    (tmp_path / "a.safetensors").unlink()
+    save_file({"weight": torch.zeros(3)}, tmp_path / "b.safetensors")
+    with pytest.raises(
+        ValueError, match=r"other inputs: a.safetensors=None \(was .*\), b.safetensors=\d+ b.* as they w"
+    ):
+        run.keep_inputs(tmp_path, windows)
+    with pytest.raises(ValueError, match="calibration tokens=2x3, "):
+        run.keep_inputs(tmp_path, windows + 1)
+    assert (run.path / "inputs.json").read_text() == written
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_inputs_json_is_named(run, tmp_path, content):
+    (run.path / "inputs.json").write_text(content)
+    with pytest.raises(ValueError, match=r"inputs\.json is damaged: start a new run"):
+        run.keep_inputs(tmp_path, torch.zeros(2, 3))
+
+
+def test_many_changes_are_counted(run):
+    changed = SETTINGS | {f"new{index}": index for index in range(9)}
+    with pytest.raises(ValueError, match=r"new3=3 \(was None\), and 5 more\. Give them as they were"):
+        RunFolder.open(run.path, changed)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/run cannot be written: Not a directory"):

@@ -29,6 +29,8 @@ FAKES = """
     def run_prune(settings, run_dir, *, baseline):
         log.info("baseline=%s resume=%s", baseline, settings.resume)
         warnings.warn("a library warns")
+        if settings.seed == 13:
+            os.kill(os.getpid(), signal.SIGINT)
         (run_dir / "config.yaml").write_text("eval: {name: quick}\\n")
         if settings.seed == 1:
             raise ValueError("seed=1 is odd.\\nTake another.")
@@ -57,6 +59,7 @@ FAKES = """
         raise AssertionError("not called")
 
     def run_recover(settings, run_dir):
+        (run_dir / "config.yaml").touch()
         os.kill(os.getpid(), signal.SIGINT)
 
     def module(name, **functions):
@@ -208,6 +211,10 @@ def test_help_composition_and_refusals_import_no_torch(environment: dict[str, st
         ("prune model.dtype=fp16", "choose from auto, float32, bfloat16, float16"),
         ("prune rotation.groups=2", "rotation.groups=2 is not allowed: needs rotation=shared."),
         (
+            "prune rotation=none rotation.permute=both",
+            "rotation.permute=both is not allowed: needs rotation=per_layer or",
+        ),
+        (
             "prune rotation.permute=all",
             "rotation.permute=all is not allowed: choose from none, intermediate, residual, both.",
         ),
@@ -324,6 +331,10 @@ def test_an_interrupted_run_says_how_to_go_on(drotator: Drotator, tmp_path: Path
     resume = folder.relative_to(tmp_path / "work")
     assert said == f"interrupted. Go on with: drotator prune seed=3 pruner=wanda resume={resume}"
     assert signal.SIGINT == 130 - 128
+
+
+def test_ctrl_c_before_there_is_a_run_folder_says_no_more(drotator: Drotator) -> None:
+    assert one_line(drotator("prune", "seed=13"), 130) == "interrupted."
 
 
 def test_ctrl_c_says_how_to_go_on_with_a_recovery(drotator: Drotator) -> None:

@@ -175,6 +175,12 @@ def test_boundaries_stand_where_r1_changes(given: dict[str, Any], boundaries: li
     ("schema", "wrong", "said"),
     [
         (config.RotationConfig, {"name": "none", "groups": 2}, "rotation.groups=2 is not allowed: needs rotation=sha"),
+        (config.RotationConfig, {"name": "none", "permute": "both"}, "rotation.permute=both is not allowed: needs rot"),
+        (
+            config.RotationConfig,
+            {"name": "none", "value_map": "invertible"},
+            "rotation.value_map=invertible is not allo",
+        ),
         (config.RotationConfig, {"name": "shared", "groups": 0}, "rotation.groups=0 is not allowed: 1 or more."),
         (config.ReconstructConfig, {"epochs": 0}, "reconstruct.epochs=0 is not allowed: 1 or more."),
         (config.ReconstructConfig, {"learning_rate": 0.0}, "reconstruct.learning_rate=0.0 is not allowed: above 0."),

@@ -21,7 +21,7 @@ from drotator.check import logits, rotate_randomly
 from drotator.config import RotationConfig
 from drotator.export import export_checkpoint
 from drotator.fetch import resolve_model
-from drotator.pipeline import Job
+from drotator.preparation import Job
 
 
 def model_without_config(inputs: Path, tmp_path: Path) -> str:

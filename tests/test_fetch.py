@@ -73,6 +73,7 @@ def write_gguf(file: Path) -> torch.nn.Module:
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
     for name, weight in tensors.items():
         writer.add_tensor(f"{name}.weight", weight.detach().numpy().astype(np.float32))
     writer.write_header_to_file()
@@ -184,6 +185,23 @@ def test_a_gguf_file_becomes_a_plain_float32_folder_with_the_same_logits(tmp_pat
     ]
     assert json.loads((folder / "source.json").read_text())["file"] == str(tmp_path / "tiny.gguf")
     assert_nothing_half_written(tmp_path / "cache")
+
+
+def test_a_tokenizer_ends_and_pads_texts_as_the_gguf_file_says(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    original = fetch.AutoTokenizer.from_pretrained
+
+    def as_transformers_5_17(*words, **options):
+        tokenizer = original(*words, **options)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.AutoTokenizer, "from_pretrained", as_transformers_5_17)
+        folder = fetch.resolve_model(str(tmp_path / "tiny.gguf"))
+    tokenizer = fetch.load_tokenizer(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
+    assert tokenizer("cabd").input_ids == original(str(tmp_path), gguf_file="tiny.gguf")("cabd").input_ids
 
 
 def test_a_gguf_file_is_dequantised_once_until_it_changes(tmp_path, monkeypatch):

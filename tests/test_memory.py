@@ -20,7 +20,8 @@ from drotator.artifacts import RunFolder
 from drotator.config import CalibrationConfig, describe
 from drotator.memory import MemoryNeeds, MemoryPlan, check_evaluation, choose_level, memory_needs, plan_memory
 from drotator.offload import LEVELS
-from drotator.pipeline import Job, prune_layers
+from drotator.pipeline import prune_layers
+from drotator.preparation import Job
 
 CPU = torch.device("cpu")
 GB = 10**9

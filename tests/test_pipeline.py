@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tiny_runs import (
     weights,
     words_of,
 )
+from tiny_text import words
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -122,7 +124,7 @@ def test_a_run_leaves_the_files_of_the_design(runs, name):
         plots |= {"objective", "importance_image", "importance_curves"}
         rotations = {f"rotations/00{index}.safetensors" for index in range(3)}
     code = {"checkpoint/modeling_rotated.py"} if name.endswith("per_layer") else set()
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "report.json", "report.md"}
+    expected = {"config.yaml", "inputs.json", "environment.json", "metrics.jsonl", "report.json", "report.md"}
     expected |= {f"layers/00{index}.safetensors" for index in range(3)} | {f"plots/{stem}.png" for stem in plots}
     names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
     expected |= {f"checkpoint/{file}" for file in (*names, "README.md")}
@@ -382,6 +384,22 @@ def test_a_resumed_run_refuses_other_settings_and_names_them(inputs, tmp_path, m
     changed = settings(inputs, pruner="wanda", steps=7, resume=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"optimizer.steps=7 \(was 5\), pruner.name=wanda \(was sparsegpt\)"):
         run_prune(changed, tmp_path, baseline=False)
+
+
+@pytest.mark.parametrize("changed", ["weights", "text"])
+def test_a_resumed_run_refuses_other_weights_and_another_text_and_names_them(inputs, tmp_path, monkeypatch, changed):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    shutil.copy(inputs / "text.txt", tmp_path)
+    stopped_run(tmp_path, tmp_path / "run", monkeypatch)
+    if changed == "weights":
+        file = tmp_path / "model" / "model.safetensors"
+        save_file({name: -tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        named = r"model.safetensors=(\d+) bytes, \w{12} \(was \1 bytes, \w{12}\)"
+    else:
+        (tmp_path / "text.txt").write_text(words(5, 200))
+        named = r"calibration tokens=3x32, \w{12} \(was 3x32, \w{12}\)"
+    with pytest.raises(ValueError, match=rf"run holds a run with other inputs: {named}\. Give them as they were, or "):
+        run_prune(settings(tmp_path, resume=str(tmp_path / "run")), tmp_path, baseline=False)
 
 
 def test_resume_of_a_folder_without_a_run_is_refused(inputs, tmp_path):

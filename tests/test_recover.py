@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import some_tokens, tiny_model
 from tiny_runs import TOKENS, make_inputs, process_environment, report_of, settings
 from torch.func import functional_call
@@ -191,6 +191,19 @@ def test_a_damaged_state_is_told_with_what_to_do(inputs, pruned, tmp_path, monke
     (tmp_path / recover.STATE).write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"training.safetensors is damaged .*: delete it, and resume trains from the"):
         recover.run_recover(given, tmp_path)
+
+
+def test_a_checkpoint_that_has_changed_since_is_refused(inputs, pruned, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(pruned["none"] / "checkpoint", tmp_path / "checkpoint")
+    given = recovery(inputs, checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "progress", Interruption(1))
+        with pytest.raises(KeyboardInterrupt):
+            recover.run_recover(given, tmp_path / "run")
+    file = checkpoint / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"other inputs: model.safetensors="):
+        recover.run_recover(given, tmp_path / "run")
 
 
 def test_a_checkpoint_that_stands_in_the_folder_is_never_replaced(inputs, pruned, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from drotator import comparison
 from drotator.comparison import report_command
 from drotator.console import console
 from drotator.report import load_report, write_report
@@ -353,6 +354,30 @@ def test_runs_that_were_measured_differently_show_it_in_a_column_and_in_words(
     assert [row[1:3] for row in rows if row[:1] == ["dense"]] == [["2048", "21.60"], ["512", "33.30"]]
 
 
+def test_what_has_no_room_in_eighty_columns_is_told_beside_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = replace(make_report(), objective="pruning_error", optimizer="spectral")
+    longer.provenance |= {"steps": 2000, "objective.salience": "wanda", "calibration_seed": 1, "windows": {"c4": 8}}
+    other = replace(make_report(), pruner="wanda", sparsity="50")
+    for name, report in {"a": make_report(), "b": make_report("none"), "c": longer, "d": other}.items():
+        report.provenance.setdefault("calibration_seed", 0)
+        write_report(tmp_path / name, report)
+    report_command([tmp_path], tmp_path / "table.md")
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert ["run", "pruner", "sparsity", "rotation", "wikitext2", "c4", "zero-shot", "min"] in map(str.split, lines)
+    assert max(map(len, lines[: lines.index(f"1: {tmp_path / 'd'}")])) <= 80
+    said = "Unless it is said beside a run's folder: objective entropy; optimizer riemannian_adam; steps 200; "
+    assert f"{said}calibration_seed 0; windows wikitext2=141, c4=256." in " ".join(shown.split())
+    assert f"2: {tmp_path / 'b'}" in lines
+    differing = "objective pruning_error; optimizer spectral; steps 2000; salience=wanda; calibration_seed 1"
+    assert f"4: {tmp_path / 'c'} ({differing}; windows c4=8)" in lines
+    assert [line.split()[0] for line in lines if re.match(r" (dense|\d) ", line)] == ["dense", "1", "2", "3", "4"]
+    written = (tmp_path / "table.md").read_text()
+    assert "| run | pruner | sparsity | rotation | objective | optimizer | steps | also | calibration_seed |" in written
+
+
 def test_a_recovered_run_stands_beside_the_pruned_one_with_what_it_reached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,6 +408,23 @@ def test_the_comparison_is_written_as_markdown_with_a_plot(sweep: Path, tmp_path
     assert "unfinished, 2 layers done" in text
     assert "![Comparison of the runs](table.png)" in text
     assert sorted(entry.name for entry in (tmp_path / "made").iterdir()) == ["table.md", "table.png"]
+
+
+def test_a_run_is_named_in_the_plot_by_what_is_unusual_about_it(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unusual = replace(make_report(), objective="pruning_error")
+    unusual.provenance |= {"steps": 2000, "objective.salience": "wanda"}
+    write_report(sweep / "unusual", unusual)
+    labels: list[str] = []
+    monkeypatch.setattr(comparison, "plot_comparison", lambda path, given, *_: labels.extend(given))
+    report_command([sweep], tmp_path / "table.md")
+    assert labels == [
+        "1: sparsegpt 50 none",
+        "2: wanda 2of4 none",
+        "3: wanda 2of4 per_layer",
+        "4: sparsegpt 2of4 per_layer pruning_error steps=2000 salience=wanda",
+    ]
 
 
 def test_the_comparison_is_written_as_csv_and_json_with_every_number(sweep: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from drotator.graphs import fused
 from drotator.resources import product
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""S^T (d_in, d_out) >= 0 -> its score, (), and the slope of the score at every entry, of S's dtype or bool."""
+"""S^T (d_in, d_out) >= 0 -> its score, (), and the slope of the score at every entry, of S's dtype."""
 
 PART = 2**26
 """Weights that are rotated at once, which bounds the memory of their importances."""
@@ -47,14 +47,14 @@ def removed_score(S: Tensor, sparsity: SparsityConfig) -> tuple[Tensor, Tensor]:
         else:
             smallest = groups.topk(sparsity.group - sparsity.keep, dim=1, largest=False).values
             total, threshold = smallest.sum(), smallest[:, -1]
-        return total, (threshold[:, None] >= groups).flatten(0, 1)
+        return total, (threshold[:, None] >= groups).to(S.dtype).flatten(0, 1)
     removed = round(sparsity.ratio * len(S))
     if removed == 0:
-        return S.new_zeros(()), torch.zeros_like(S, dtype=torch.bool)
+        return S.new_zeros(()), torch.zeros_like(S)
     threshold = S.kthvalue(removed, dim=0, keepdim=True).values
     is_below = threshold > S
     num_at_threshold = removed - is_below.sum(0)  # of equal importances an output loses as many as its mask removes
-    return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), threshold >= S
+    return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), (threshold >= S).to(S.dtype)
 
 
 def removal(sparsity: SparsityConfig) -> Score:
@@ -161,7 +161,7 @@ def _score_part(T: Tensor, energy: Tensor | None, score: Score) -> tuple[Tensor,
     if energy is not None:
         S *= energy[:, None]
     value, slope = score(S)
-    D = torch.where(slope, T32, 0) if slope.dtype is torch.bool else T32 * slope
+    D = T32 * slope
     of_energy = (D * T32).sum(1)
     D *= 2 if energy is None else 2 * energy[:, None]
     return value, D.to(T.dtype), of_energy

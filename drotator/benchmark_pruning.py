@@ -108,6 +108,7 @@ def settings_of(bench: Bench, objective: str, path: str = "random") -> PruneConf
         optimizer=given.optimizer,
         calibration=given.calibration,
         eval=EvalConfig(name="none", perplexity=[], tasks=[]),
+        offload=given.offload,
         seed=given.seed,
     )
 

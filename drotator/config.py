@@ -474,13 +474,14 @@ class BenchConfig(MethodConfig):
     """Settings of `drotator bench`: the model gives the shapes, and its weights, like all tokens, are random.
 
     kind: pruning: rotation step, Hessians, pruner and whole pipeline; inference: a layer dense, 2:4 and with boundary.
-    calibration: how many tokens the pipeline calibrates on; its text is not read.
+    calibration: how many tokens the pipeline calibrates on; its text is not read. offload: as of `drotator prune`.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     bench: BenchOptions = field(default_factory=BenchOptions)
     kind: str = "pruning"
     device: str = "auto"
+    offload: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

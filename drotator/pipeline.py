@@ -120,7 +120,7 @@ def conclude(
     }
     is_rotated = settings.rotation.name != "none"
     with watch.measure("load"):
-        export_checkpoint(settings.rotation, run, job.source, dict(names))
+        export_checkpoint(settings.rotation, run, job.source, dict(names), job.device)
     with watch.measure("evaluate"):
         pruned = evaluation.evaluate_checkpoint(
             run.checkpoint, job.tokenizer, settings.eval, seed=settings.seed, device=job.device

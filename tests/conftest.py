@@ -27,6 +27,8 @@ def logging_as_before() -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("drotator")
     handlers, levels = root.handlers[:], (root.level, own.level)
     yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     own.setLevel(levels[1])

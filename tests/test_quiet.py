@@ -30,3 +30,14 @@ def test_log_levels_and_bars_are_as_before_even_after_an_error():
     with pytest.raises(ZeroDivisionError):
         fail()
     assert (logger.level, tqdm.__init__) == before
+
+
+def test_of_two_threads_the_last_to_leave_brings_bars_back():
+    before = tqdm.__init__
+    first, second = silent_libraries(), silent_libraries()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tqdm.__init__ is not before
+    second.__exit__(None, None, None)
+    assert tqdm.__init__ is before

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The README's tables: SmolLM2-135M-Instruct, C4 calibration 128 x 2048, WikiText-2 and C4 perplexity, five zero-shot tasks.
 # Expected: the values in README.md within 3%. Cost on one H100: 1 to 2 minutes a run for perplexity; zero-shot tasks
-# (eval=full) wait for the device at every question, so run those one at a time: beside three others each took 8 minutes.
+# (eval=full) take 2 minutes alone and 5 to 7 beside six others; give those eval.batch_size=32, for each holds the logits of a
+# whole batch. Where a result has eval/metrics.json, the run had eval=none and `drotator eval` measured its checkpoint.
 # Usage: [JOBS=3] scripts/smollm2_table.sh PART FOLDER [overrides for every run]
 #   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds),
 #   fifty (what helps at 50%), or all
@@ -42,6 +43,7 @@ seeds() {
     for seed in 0 1 2; do
         echo "sparsegpt-2of4-per_layer-seed$seed eval=perplexity model.dtype=bfloat16 calibration.seed=$seed"
         echo "sparsegpt-2of4-none-seed$seed eval=perplexity model.dtype=bfloat16 rotation=none calibration.seed=$seed"
+        echo "sparsegpt-50-per_layer-seed$seed eval=perplexity model.dtype=bfloat16 sparsity=50 calibration.seed=$seed"
     done
 }
 
@@ -53,7 +55,9 @@ fifty() {
     echo "sparsegpt-50-none-weighed $words rotation=none pruner.weights=sensitivity"
     echo "admm-50-per_layer $words pruner=admm"
     echo "sparsegpt-50-entropy-bfloat16 $words objective=entropy optimizer=riemannian_adam"
-    echo "sparsegpt-50-entropy-0.03 $words objective=entropy optimizer=riemannian_adam optimizer.learning_rate=0.03"
+    local entropy="sparsity=50 objective=entropy optimizer=riemannian_adam"
+    echo "sparsegpt-50-entropy-weighed eval=perplexity $entropy pruner.weights=sensitivity"
+    echo "sparsegpt-50-entropy-0.03-float32 eval=perplexity $entropy optimizer.learning_rate=0.03"
 }
 
 all() { paper && ours && seeds && fifty; }

@@ -320,7 +320,8 @@ def output_weights(G: Tensor, R: Tensor | None) -> Tensor:
     """
     if G.ndim < 2 or R is None:
         return G
-    return (R * (G @ R)).sum(-2).flatten()
+    weights: Tensor = _RotatedDiagonal.apply(G, R)
+    return weights.flatten()
 
 
 def reader_moments(W: Tensor, sizes: LayerSizes) -> Tensor:

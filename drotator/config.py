@@ -191,18 +191,21 @@ class OptimizerConfig:
 
     learning_rate: of Adam for adam_qr; of body-frame Adam at hidden_size 576 for riemannian_adam (scaled by
     sqrt(576 / hidden_size)); the first angle in radians for spectral.
+    batches: a step looks at one of this many parts of a layer's outputs, in turn; 1: at all of them.
     warm_start: R1 starts from what the layers before have learned, not from the identity.
     """
 
     name: str = "spectral"
     steps: int = 200
     learning_rate: float = 0.15
+    batches: int = 2
     warm_start: bool = True
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _require(self.steps >= 0, "optimizer.steps", self.steps, "0 or more")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        _require(self.batches >= 1, "optimizer.batches", self.batches, "1 or more")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,11 +20,12 @@ from drotator.distributed import ALIGNED, ALONE, World
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
 from drotator.scores import RotatedWeight, entropy_along, importance_score, removal, rotated_score, rotated_weight
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(R1, R2) -> scalar float32, differentiable."""
+Objective = Callable[..., Tensor]
+"""(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, the number of one of the batches whose mean
+the objective is; None: the objective itself."""
 
-ObjectiveWithGradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(R1, R2) -> loss, dL/dR1, dL/dR2."""
+ObjectiveWithGradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""(R1, R2, batch=None) -> loss, dL/dR1, dL/dR2."""
 
 PRUNER_SALIENCE = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "admm": "obs", "none": "wanda"}
 PRUNER_SALIENCE_OF_ERROR = {**PRUNER_SALIENCE, "sparsegpt": "wanda", "admm": "wanda"}
@@ -182,8 +183,9 @@ def build_objective(
     damping: float,
     value_map: str = "orthogonal",
     world: World = ALONE,
+    batches: int = 1,
 ) -> Objective:
-    """Return the layer's objective as a function of (R1, R2).
+    """Return the layer's objective as a function of (R1, R2), and of the batch where it has several.
 
     Of several processes each has a term of it, and their gradients add up to the objective's. A process rotates and
     scores its part of every linear's outputs (for the entropy of down: inputs), and computes the energies of its
@@ -192,6 +194,11 @@ def build_objective(
 
     entropy (paper): over the rows of query, key, gate, up; the columns of down; both of value and output.
     pruning_error: of each linear the importance that the mask will remove, over tr(W H W^T), which no rotation changes.
+
+    Batches: every importance belongs to one output, so that a part of the outputs estimates the objective, in a part of
+    the time. Batch i has every `batches`-th output from i on of query, key, gate, up, output and down (for the entropy,
+    inputs of down), counted `batches` times, and value whole; the entropy, whose terms of output need all of it, takes
+    that whole too. The energies are those of all inputs.
 
     With an invertible R2 = M, of each key/value head: W_v becomes M^T W_v, W_o becomes W_o N with N = M^-T, and the
     moments of o's inputs M^T H M. An error E' in the merged W_v is E = N E' in the dense one. tr(W_o H W_o^T) is as
@@ -203,6 +210,7 @@ def build_objective(
     Args:
         value_map: what R2 may be; see `Rotation`.
         world: the processes that call this, and what it returns, together.
+        batches: divides the numbers of outputs and, for the entropy, down's inputs; see `require_batches`.
     """
     assert value_map == "orthogonal" or salience != "magnitude", "PruneConfig refuses it: o's importance can be scaled"
     W, sizes = problem.weights, problem.sizes
@@ -229,16 +237,18 @@ def build_objective(
         counts = G.get(name, norms[name].new_ones(())) / norms[name]
         return W[name] * counts.sqrt().unsqueeze(-1)
 
-    def reading(*names: str) -> RotatedWeight:
-        joined = torch.cat([world.own(counted(name), 0, ALIGNED).to(problem.products) for name in names])
-        return RotatedWeight(joined.mT.contiguous(), by_output)
+    unit = ALIGNED * batches
+
+    def reading(*names: str) -> Tensor:
+        joined = torch.cat([world.own(counted(name), 0, unit).to(problem.products) for name in names])
+        return dealt(joined.mT, 1, batches)
 
     query_key, gate_up = reading("query", "key"), reading("gate", "up")
-    of_down = counted("down")
+    of_down = counted("down").mT
     if is_entropy:
-        of_down = world.own(of_down, 1, ALIGNED)
-        down_energy = None if down_energy is None else world.own(down_energy, 0, ALIGNED)
-    down = RotatedWeight(of_down.to(problem.products).mT.contiguous(), by_input, writes=True, by_input=is_entropy)
+        of_down = world.own(of_down, 0, unit)
+        down_energy = None if down_energy is None else dealt(world.own(down_energy, 0, unit), 0, batches)
+    of_down = dealt(of_down.to(problem.products), 0, batches if is_entropy else 1)
     head = sizes.head_dim
     of_heads = counted("value") if is_entropy else world.own(counted("value"), 0, head)
     value, output = of_heads.to(problem.products).mT.contiguous(), counted("output").to(problem.products).contiguous()
@@ -253,8 +263,8 @@ def build_objective(
             return None
         if salience == "sequential_obs" or R.ndim == 3:  # a Cholesky factor has no parts, and blocks take no time
             return rotated_energy(moments[inputs], R, salience)
-        own = rotated_energy(moments[inputs], world.own(R, 1, ALIGNED), salience)
-        return world.gather_rows(own, R.shape[1], ALIGNED)
+        own = rotated_energy(moments[inputs], world.own(R, 1, unit), salience)
+        return world.gather_rows(own, R.shape[1], unit)
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
         if value_map == "orthogonal":
@@ -263,29 +273,66 @@ def build_objective(
         half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
 
-    def evaluate(R1: Tensor, R2: Tensor) -> Tensor:
+    def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> Tensor:
+        if batch is None and batches > 1:
+            numbers = torch.arange(batches, device=R1.device)
+            return torch.stack([evaluate(R1, R2, number) for number in numbers.split(1)]).mean()
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
         of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
         attention_energy = energy("attention", R1)
-        columns, heads = (R1, R2) if is_entropy else (world.own(R1, 1, ALIGNED), world.own(R2))
+        columns, heads, energy_of_down = R1, R2, down_energy
+        if not is_entropy:
+            columns, heads = every(world.own(R1, 1, unit), batches, batch), world.own(R2)
+        elif down_energy is not None:
+            energy_of_down = one_of(down_energy, batch)
+        down = RotatedWeight(
+            one_of(of_down, batch if is_entropy else None), by_input, writes=True, by_input=is_entropy
+        )
+        scores = [
+            rotated_score(R1, attention_energy, RotatedWeight(one_of(query_key, batch), by_output)),
+            rotated_score(R1, energy("mlp", R1), RotatedWeight(one_of(gate_up, batch), by_output)),
+            rotated_score(columns, energy_of_down, down),
+        ]
         of_value = rotate_output_columns(rotated_weight(R1, value), heads.to(value.dtype), 1)
         of_output = rotate_value_rows(rotated_weight(columns, output).mT, of_readers.to(output.dtype))
         if counts_vary:
             counts = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
             of_value = of_value * counts.clamp_min(torch.finfo(counts.dtype).tiny).sqrt().to(of_value.dtype)
-        parts = [(of_value, attention_energy), (of_output, output_energy(of_queries))]
-        scores = [
-            rotated_score(R1, attention_energy, query_key),
-            rotated_score(R1, energy("mlp", R1), gate_up),
-            rotated_score(columns, down_energy, down),
-            *(importance_score(world.own(T, 1) if is_entropy else T, E, by_output) for T, E in parts),
-        ]
-        if is_entropy:
-            of_inputs = [(world.own(T), None if E is None else world.own(E)) for T, E in parts]
-            scores += [importance_score(T, E, by_input) for T, E in of_inputs]
-        return torch.stack(scores).sum()
+        if not is_entropy:
+            scores.append(importance_score(of_output, output_energy(of_queries), by_output))
+            return batches * torch.stack(scores).sum() + importance_score(of_value, attention_energy, by_output)
+        whole = []
+        for T, E in ((of_value, attention_energy), (of_output, output_energy(of_queries))):
+            whole.append(importance_score(world.own(T, 1), E, by_output))
+            whole.append(importance_score(world.own(T), None if E is None else world.own(E), by_input))
+        return batches * torch.stack(scores).sum() + torch.stack(whole).sum()
 
     return evaluate
+
+
+def require_batches(batches: int, sizes: LayerSizes) -> None:
+    """Raises: ValueError if the outputs of a linear cannot be dealt to so many batches of the same size."""
+    counts = (sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim)
+    if any(count % batches for count in counts):
+        raise ValueError(
+            f"optimizer.batches={batches} does not divide the outputs of all linears "
+            f"({', '.join(map(str, counts))}): set it to 1 or 2."
+        )
+
+
+def dealt(W: Tensor, dim: int, batches: int) -> Tensor:
+    """Deal the slices of W along a dimension out to batches, like cards: (batches, ...), each contiguous."""
+    return W.unflatten(dim, (-1, batches)).movedim(dim + 1, 0).contiguous()
+
+
+def one_of(hands: Tensor, batch: Tensor | None) -> Tensor:
+    """One of what was `dealt`, chosen on the device; without a batch there is only one."""
+    return hands[0] if batch is None else hands.index_select(0, batch)[0]
+
+
+def every(R: Tensor, batches: int, batch: Tensor | None) -> Tensor:
+    """The columns of R that a batch is dealt, (n, d / batches). Differentiable."""
+    return R if batch is None else R.unflatten(1, (-1, batches)).index_select(2, batch).squeeze(2)
 
 
 def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> ObjectiveWithGradients:
@@ -294,12 +341,12 @@ def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> Obj
     Only one layer's intermediates exist at a time.
     """
 
-    def evaluate(R1: Tensor, R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         total, G1, G2 = R1.new_zeros(()), torch.zeros_like(R1), []
         for objective, R2_layer in zip(objectives, R2.chunk(len(objectives)), strict=True):
             leaves = (R1.detach().requires_grad_(), R2_layer.detach().requires_grad_())
             with torch.enable_grad():
-                loss = objective(*leaves)
+                loss = objective(*leaves, batch)
             gradients = torch.autograd.grad(loss, leaves)
             total += loss.detach()
             G1 += gradients[0]

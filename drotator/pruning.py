@@ -144,8 +144,8 @@ def importance(W: Tensor, H: Tensor | None, R: Tensor | None, settings: PruneCon
 def objective_of(problem: LayerProblem, settings: PruneConfig, world: World = ALONE) -> Objective:
     """The objective that the settings ask for, of one layer; this process's term of it."""
     salience, damping = chosen_salience(settings.objective, settings.pruner.name), settings.pruner.damping
-    value_map = settings.rotation.value_map
-    return build_objective(settings.objective, salience, settings.sparsity, problem, damping, value_map, world)
+    value_map, batches = settings.rotation.value_map, settings.optimizer.batches
+    return build_objective(settings.objective, salience, settings.sparsity, problem, damping, value_map, world, batches)
 
 
 def starting_rotation(

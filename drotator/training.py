@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from drotator.config import OptimizerConfig
 from drotator.distributed import ALONE, World
@@ -21,7 +22,10 @@ ORTHOGONALITY_LIMIT = 1e-3
 
 @dataclass(frozen=True)
 class TrainedRotation:
-    """rotation: float32, the best iterate. history: the objective before every step and after the last."""
+    """rotation: float32, the best iterate. history: the objective before every step and after the last.
+
+    With several batches the objective of an iterate is the mean of what was last seen of each of them.
+    """
 
     rotation: Rotation
     objective_before: float
@@ -43,6 +47,8 @@ def train_rotation(
     world: World = ALONE,
 ) -> TrainedRotation:
     """Minimise the objective over R1 and R2 together, and keep the best iterate.
+
+    Each step sees one of the objective's settings.batches, in turn.
 
     The best is chosen on the device and the history is read once at the end: the loop never waits for the device.
 
@@ -68,11 +74,18 @@ def train_rotation(
     # The warm-up of a CUDA graph takes steps too, and writes what they find.
     history = torch.full((max(settings.steps, WARM_UP_CALLS) + 1,), torch.nan, device=device)
     step = torch.zeros((1,), dtype=torch.int64, device=device)
+    seen = torch.zeros(settings.batches, device=device)
+
+    def evaluate(batch: Tensor) -> Sequence[Tensor]:
+        """The gradients of a batch, whose value is kept."""
+        found = [optimizer.rotation() for optimizer in optimizers]
+        value, *gradients = objective(*found) if len(seen) == 1 else objective(*found, batch)
+        seen.index_copy_(0, batch, value.float()[None])
+        return gradients
 
     def take_step() -> None:
-        rotations = [optimizer.rotation() for optimizer in optimizers]
-        loss, *gradients = objective(*rotations)
-        loss = loss.float()
+        rotations, gradients = [optimizer.rotation() for optimizer in optimizers], evaluate(step % len(seen))
+        loss = seen.mean()
         history.index_copy_(0, step, loss[None])
         is_better = loss < best_loss
         best_loss.copy_(torch.where(is_better, loss, best_loss))
@@ -85,9 +98,11 @@ def train_rotation(
         step.add_(1)
 
     with float32_products(precision):
+        for batch in torch.arange(len(seen), device=device).split(1)[1:]:  # the first step sees batch 0
+            evaluate(batch)
         if can_capture and all(optimizer.can_capture for optimizer in optimizers):
             kept = [tensor for optimizer in optimizers for tensor in optimizer.state]
-            take_step = captured(take_step, [history, best_loss, step, *best, *kept], world)
+            take_step = captured(take_step, [history, best_loss, step, seen, *best, *kept], world)
         for _ in range(settings.steps + 1):  # the last evaluates the last rotation; its update comes to nothing
             take_step()
     losses = history[: settings.steps + 1].tolist()

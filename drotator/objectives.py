@@ -18,7 +18,15 @@ from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.distributed import ALIGNED, ALONE, World
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
-from drotator.scores import RotatedWeight, entropy_along, importance_score, removal, rotated_score, rotated_weight
+from drotator.scores import (
+    ALL_COLUMNS,
+    Columns,
+    RotatedWeight,
+    entropy_along,
+    importance_score,
+    removal,
+    rotated_scores,
+)
 
 Objective = Callable[..., Tensor]
 """(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, the number of one of the batches whose mean
@@ -130,7 +138,7 @@ def energy_moments(H: Tensor, salience: str, damping: float) -> Tensor:
     if salience == "wanda":
         return H
     H = damped(H, damping)
-    return torch.cholesky_inverse(_cholesky(H)) if salience == "obs" else H
+    return torch.cholesky_inverse(_cholesky(H)).contiguous() if salience == "obs" else H  # TF32 products want rows
 
 
 def rotated_energy(M: Tensor, R: Tensor | None, salience: str) -> Tensor:
@@ -251,7 +259,8 @@ def build_objective(
     of_down = dealt(of_down.to(problem.products), 0, batches if is_entropy else 1)
     head = sizes.head_dim
     of_heads = counted("value") if is_entropy else world.own(counted("value"), 0, head)
-    value, output = of_heads.to(problem.products).mT.contiguous(), counted("output").to(problem.products).contiguous()
+    value = RotatedWeight(of_heads.to(problem.products).mT.contiguous(), None)
+    output = RotatedWeight(counted("output").to(problem.products).mT.contiguous(), None, writes=True)
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
@@ -279,33 +288,29 @@ def build_objective(
             return torch.stack([evaluate(R1, R2, number) for number in numbers.split(1)]).mean()
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
         of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
-        attention_energy = energy("attention", R1)
-        columns, heads, energy_of_down = R1, R2, down_energy
+        attention_energy, mlp_energy, heads = energy("attention", R1), energy("mlp", R1), R2
+        columns, energy_of_down = ALL_COLUMNS, down_energy
         if not is_entropy:
-            columns, heads = every(world.own(R1, 1, unit), batches, batch), world.own(R2)
+            columns, heads = Columns(None if world.size == 1 else world.part(len(R1), unit), batches, batch), world.own(R2)
         elif down_energy is not None:
             energy_of_down = one_of(down_energy, batch)
-        down = RotatedWeight(
-            one_of(of_down, batch if is_entropy else None), by_input, writes=True, by_input=is_entropy
-        )
-        scores = [
-            rotated_score(R1, attention_energy, RotatedWeight(one_of(query_key, batch), by_output)),
-            rotated_score(R1, energy("mlp", R1), RotatedWeight(one_of(gate_up, batch), by_output)),
-            rotated_score(columns, energy_of_down, down),
-        ]
-        of_value = rotate_output_columns(rotated_weight(R1, value), heads.to(value.dtype), 1)
-        of_output = rotate_value_rows(rotated_weight(columns, output).mT, of_readers.to(output.dtype))
+        down = RotatedWeight(one_of(of_down, batch if is_entropy else None), by_input, True, is_entropy)
+        readers = (RotatedWeight(one_of(hands, batch), by_output) for hands in (query_key, gate_up))
+        energies = (attention_energy, mlp_energy, energy_of_down, None, None)
+        score, of_value, of_output = rotated_scores(R1, energies, (*readers, down, value, output), columns)
+        of_value = rotate_output_columns(of_value, heads.to(of_value.dtype), 1)
+        of_output = rotate_value_rows(of_output, of_readers.to(of_output.dtype))
         if counts_vary:
             counts = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
             of_value = of_value * counts.clamp_min(torch.finfo(counts.dtype).tiny).sqrt().to(of_value.dtype)
         if not is_entropy:
-            scores.append(importance_score(of_output, output_energy(of_queries), by_output))
-            return batches * torch.stack(scores).sum() + importance_score(of_value, attention_energy, by_output)
+            score = score + importance_score(of_output, output_energy(of_queries), by_output)
+            return batches * score + importance_score(of_value, attention_energy, by_output)
         whole = []
         for T, E in ((of_value, attention_energy), (of_output, output_energy(of_queries))):
             whole.append(importance_score(world.own(T, 1), E, by_output))
             whole.append(importance_score(world.own(T), None if E is None else world.own(E), by_input))
-        return batches * torch.stack(scores).sum() + torch.stack(whole).sum()
+        return batches * score + torch.stack(whole).sum()
 
     return evaluate
 
@@ -330,11 +335,6 @@ def one_of(hands: Tensor, batch: Tensor | None) -> Tensor:
     return hands[0] if batch is None else hands.index_select(0, batch)[0]
 
 
-def every(R: Tensor, batches: int, batch: Tensor | None) -> Tensor:
-    """The columns of R that a batch is dealt, (n, d / batches). Differentiable."""
-    return R if batch is None else R.unflatten(1, (-1, batches)).index_select(2, batch).squeeze(2)
-
-
 def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> ObjectiveWithGradients:
     """Sum one objective for each layer over (R1, R2), R2 (layers k, h, h), layer after layer, and over all processes.
 
@@ -342,14 +342,14 @@ def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> Obj
     """
 
     def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        total, G1, G2 = R1.new_zeros(()), torch.zeros_like(R1), []
+        total, G1, G2 = R1.new_zeros(()), None, []
         for objective, R2_layer in zip(objectives, R2.chunk(len(objectives)), strict=True):
             leaves = (R1.detach().requires_grad_(), R2_layer.detach().requires_grad_())
             with torch.enable_grad():
                 loss = objective(*leaves, batch)
             gradients = torch.autograd.grad(loss, leaves)
             total += loss.detach()
-            G1 += gradients[0]
+            G1 = gradients[0] if G1 is None else G1.add_(gradients[0])
             G2.append(gradients[1])
         G1, G, total = world.sums([G1, torch.cat(G2), total])  # in this order: both matrices stay aligned
         return total, G1, G

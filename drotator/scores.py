@@ -6,7 +6,7 @@ Importances are held as S^T, (d_in, d_out): the inputs, which masks group, lie i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -87,46 +87,126 @@ class RotatedWeight:
     """A weight that one side of R1 acts on, and how its importances are scored.
 
     W: W^T (d_in, d_out) in the dtype of its products with R1, times the root of what each output counts.
+    score: of the importances; None: the rotated weight itself is wanted.
     writes: whether W^T becomes W^T R1, of a linear that writes into the residual stream, or R1^T W^T, of a reader.
     by_input: whether the score looks at each input alone, so that parts are made of inputs; otherwise of outputs.
     """
 
     W: Tensor
-    score: Score
+    score: Score | None
     writes: bool = False
     by_input: bool = False
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of R1, outputs of what writes, that are looked at: in `part`, every `batches`-th from `batch` on.
+
+    part: None: all. batch: (1,) int64 on the device; None: all columns in the part.
+    """
+
+    part: slice | None = None
+    batches: int = 1
+    batch: Tensor | None = None
+
+    def of(self, R: Tensor) -> Tensor:
+        own = R if self.part is None else R[:, self.part]
+        if self.batch is None:
+            return own
+        return own.unflatten(1, (-1, self.batches)).index_select(2, self.batch).squeeze(2)
+
+    def spread(self, G: Tensor, size: int) -> Tensor:
+        """Put columns where `of` found them among `size`, with zeros elsewhere."""
+        if self.batch is not None:
+            numbers = torch.arange(self.batches, device=G.device)
+            G = torch.where(numbers == self.batch, G.unsqueeze(2), 0).flatten(1)
+        if self.part is None:
+            return G
+        whole = G.new_zeros(len(G), size)
+        whole[:, self.part] = G
+        return whole
+
+
+ALL_COLUMNS = Columns()
+
+
 class _Rotated(torch.autograd.Function):
-    """The gradients are made with the value, part by part, so that only those of R and of the energy are kept."""
+    """The gradients are made with the value, part by part; those by R, of which each is as large as R, are added up in
+    one pass at the end."""
 
     @staticmethod
-    def forward(ctx: Any, R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
-        W, total = weight.W, R.new_zeros(())
-        rotation, G = R.to(W.dtype), torch.zeros_like(R)
-        of_energy = R.new_zeros(len(W))
-        num_inputs, num_outputs = len(W), R.shape[1] if weight.writes else W.shape[1]
-        num_parts = math.ceil(num_inputs * num_outputs / PART)
-        whole = torch.arange(num_inputs if weight.by_input else num_outputs)
-        for part in whole.tensor_split(num_parts) if num_parts else ():
-            span = slice(int(part[0]), int(part[-1]) + 1)
-            rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
-            T = W[rows] @ rotation[:, columns] if weight.writes else rotation[:, rows].mT @ W[:, columns]
-            of_part = None if energy is None else energy[rows]
-            value, D, found = fused(_score_part, T)(T, of_part, weight.score)
-            total += value
-            of_energy[rows] += found
-            if weight.writes:
-                G[:, columns] += product(W[rows], D)
+    def forward(
+        ctx: Any, R: Tensor, columns: Columns, weights: Sequence[RotatedWeight], *energies: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        low = R.to(weights[0].W.dtype)
+        of_writers, total, rotated = columns.of(low), R.new_zeros(()), []
+        ctx.columns, ctx.gradients, ctx.of_energies, ctx.multiplied = columns, [], [], []
+        for weight, energy in zip(weights, energies, strict=True):
+            rotation = of_writers if weight.writes else low
+            if weight.score is None:
+                rotated.append(weight.W @ rotation if weight.writes else rotation.mT @ weight.W)
+                ctx.multiplied.append(weight)
+                ctx.of_energies.append(None)
             else:
-                G[:, rows] += product(W[:, columns].mT, D.mT)
-        ctx.save_for_backward(G, of_energy)
-        return total
+                value, G, of_energy = _score_of_parts(rotation, energy, weight, weight.score)
+                total += value
+                ctx.gradients.append((weight.writes, G))
+                ctx.of_energies.append(None if energy is None else of_energy)
+        return total, *rotated
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        G, of_energy = ctx.saved_tensors
-        return G * grad, of_energy * grad if ctx.needs_input_grad[1] else None, None
+    def backward(ctx: Any, grad: Tensor, *of_rotated: Tensor) -> tuple[Tensor | None, ...]:
+        products = []
+        for weight, D in zip(ctx.multiplied, of_rotated, strict=True):
+            G = product(weight.W, D) if weight.writes else product(weight.W.mT, D.mT)
+            products.append((weight.writes, G))
+        G = fused(_added_up, products[0][1] if products else ctx.gradients[0][1])(
+            grad, ctx.gradients, products, ctx.columns
+        )
+        wanted = ctx.needs_input_grad[3:]
+        of_energies = (
+            found * grad if is_wanted and found is not None else None
+            for found, is_wanted in zip(ctx.of_energies, wanted, strict=True)
+        )
+        return G, None, None, *of_energies
+
+
+def _score_of_parts(
+    rotation: Tensor, energy: Tensor | None, weight: RotatedWeight, score: Score
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score a rotated weight, part by part. Returns: the score, its gradients by the rotation and by the energy."""
+    W, wide = weight.W, torch.promote_types(rotation.dtype, torch.float32)
+    num_inputs, num_outputs = len(W), rotation.shape[1] if weight.writes else W.shape[1]
+    total = torch.zeros((), dtype=wide, device=W.device)
+    of_energy = torch.zeros(num_inputs, dtype=wide, device=W.device)
+    G: Tensor | None = None
+    num_parts = math.ceil(num_inputs * num_outputs / PART)
+    whole = torch.arange(num_inputs if weight.by_input else num_outputs)
+    for part in whole.tensor_split(num_parts) if num_parts else ():
+        span = slice(int(part[0]), int(part[-1]) + 1)
+        rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
+        T = W[rows] @ rotation[:, columns] if weight.writes else rotation.mT[rows] @ W[:, columns]
+        value, D, found = fused(_score_part, T)(T, None if energy is None else energy[rows], score)
+        total += value
+        of_energy[rows] += found
+        of_part = product(W[rows], D) if weight.writes else product(W[:, columns].mT, D.mT)
+        if num_parts == 1:
+            return total, of_part, of_energy
+        G = torch.zeros(rotation.shape, dtype=wide, device=W.device) if G is None else G
+        (G[:, columns] if weight.writes else G[:, rows]).add_(of_part)
+    return total, torch.zeros(rotation.shape, dtype=wide, device=W.device) if G is None else G, of_energy
+
+
+def _added_up(
+    grad: Tensor,
+    of_scores: Sequence[tuple[bool, Tensor]],
+    of_products: Sequence[tuple[bool, Tensor]],
+    columns: Columns,
+) -> Tensor:
+    """Gradients by R and by its columns (True), those of the scores times what follows from the score, in one sum."""
+    size = len((*of_scores, *of_products)[0][1])
+    terms = [(is_part, G * grad) for is_part, G in of_scores] + list(of_products)
+    return torch.stack([columns.spread(G, size) if is_part else G for is_part, G in terms]).sum(0)
 
 
 class _Scored(torch.autograd.Function):
@@ -140,18 +220,6 @@ class _Scored(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         D, of_energy = ctx.saved_tensors
         return D * grad.to(D.dtype), of_energy * grad if ctx.needs_input_grad[1] else None, None
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, R: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(W)
-        return R.to(W.dtype).mT @ W
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (W,) = ctx.saved_tensors
-        return product(W.mT, grad.mT), None
 
 
 def _score_part(T: Tensor, energy: Tensor | None, score: Score) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,18 +245,18 @@ def importance_score(T: Tensor, energy: Tensor | None, score: Score) -> Tensor:
     return value
 
 
-def rotated_weight(R: Tensor, W: Tensor) -> Tensor:
-    """R^T W in W's dtype, for W (d, n) that does not change; differentiable by R, of which the gradient is float32."""
-    T: Tensor = _Product.apply(R, W)
-    return T
-
-
-def rotated_score(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
-    """The score of the importances T^2 * energy, with T the rotated weight. Differentiable by R and energy.
+def rotated_scores(
+    R: Tensor,
+    energies: Sequence[Tensor | None],
+    weights: Sequence[RotatedWeight],
+    columns: Columns = ALL_COLUMNS,
+) -> tuple[Tensor, ...]:
+    """The sum of the scores of some weights' importances T^2 * energy, with T the rotated weight. Differentiable.
 
     Args:
-        R: (d, d) float32 or float64; for a weight that writes, any columns of it: the outputs that are scored.
-        energy: (d_in,), of the inputs, or None.
+        R: (d, d) float32 or float64; energies: (d_in,) of each weight's inputs, or None.
+        weights: of one dtype. columns: those of R with which the weights that write are multiplied.
+    Returns: the sum, (), and T, (d_in, d_out), of each weight that has no score, in the weights' dtype.
     """
-    value: Tensor = _Rotated.apply(R, energy, weight)
-    return value
+    found: tuple[Tensor, ...] = _Rotated.apply(R, columns, weights, *energies)
+    return found

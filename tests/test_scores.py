@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drotator import scores
 from drotator.config import SparsityConfig
-from drotator.scores import RotatedWeight, Score, entropy_score, removed_score, rotated_score
+from drotator.scores import RotatedWeight, Score, entropy_score, removed_score, rotated_scores
 
 D, OTHER = 16, 40  # hidden_size, and the other side of the weight: both multiples of the largest group
 GROUPS = [SparsityConfig(keep=keep, group=group) for keep, group in ((2, 4), (4, 8), (1, 4))]
@@ -56,6 +56,10 @@ def problem(name: str, writes: bool, has_energy: bool) -> tuple[Tensor, Tensor |
     return R, energy, RotatedWeight(W.bfloat16().double(), score, writes, by_input)
 
 
+def score_of(R: Tensor, energy: Tensor | None, weight: RotatedWeight) -> Tensor:
+    return rotated_scores(R, [energy], [weight])[0]
+
+
 def reference(R: Tensor, energy: Tensor | None, weight: RotatedWeight, of: Reference) -> Tensor:
     T = weight.W @ R if weight.writes else R.mT @ weight.W
     return of(T.square() * (1 if energy is None else energy[:, None]))
@@ -85,7 +89,7 @@ def test_value_and_gradients_are_those_of_autograd_whatever_the_parts(
 
     monkeypatch.setattr(scores, "PART", part)
     counted = RotatedWeight(weight.W, counting, weight.writes, weight.by_input)
-    found = with_gradients(lambda R, e: rotated_score(R, e, counted), R, energy)
+    found = with_gradients(lambda R, e: score_of(R, e, counted), R, energy)
     assert len(seen) == -(-D * OTHER // part)
     assert sum(seen) == D * OTHER
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -100,17 +104,17 @@ def test_an_energy_that_the_rotation_makes_gives_its_part_of_the_gradient(writes
         return (H @ R).square().sum(1) + (H @ R)[:, 0].square()
 
     expected = with_gradients(lambda R, _: reference(R, energy(R), weight, SCORES["2of4"][1]), R, None)
-    found = with_gradients(lambda R, _: rotated_score(R, energy(R), weight), R, None)
+    found = with_gradients(lambda R, _: score_of(R, energy(R), weight), R, None)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_energy_that_needs_no_gradient_gets_none() -> None:
     R, energy, weight = problem("2of4", False, True)
     assert energy is not None
-    rotated_score(R.requires_grad_(), energy, weight).backward()
+    score_of(R.requires_grad_(), energy, weight).backward()
     assert R.grad is not None and R.grad.count_nonzero()
     assert energy.grad is None
-    only_energy = rotated_score(R.detach(), energy.requires_grad_(), weight)
+    only_energy = score_of(R.detach(), energy.requires_grad_(), weight)
     (gradient,) = torch.autograd.grad(only_energy, energy)
     assert float((gradient * energy).sum().detach()) == pytest.approx(float(only_energy.detach()))  # it is linear
 
@@ -134,7 +138,7 @@ def test_bfloat16_products_leave_value_and_gradients_near(name: str, writes: boo
         return value, slope
 
     low = RotatedWeight(weight.W.bfloat16(), recording, writes, weight.by_input)
-    found = with_gradients(lambda R, e: rotated_score(R, e, low), R.float(), energy.float())
+    found = with_gradients(lambda R, e: score_of(R, e, low), R.float(), energy.float())
     assert all(tensor.dtype is torch.float32 for tensor in found)
     assert slopes[0].numel() == D * OTHER
 

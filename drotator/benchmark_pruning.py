@@ -28,7 +28,7 @@ from drotator.config import EvalConfig, ModelConfig, PruneConfig, describe
 from drotator.distributed import ALONE, World
 from drotator.measurement import Bench, Timing, duration, time_call, wall_seconds
 from drotator.memory import plan_memory
-from drotator.objectives import LayerProblem, chosen_salience
+from drotator.objectives import INPUT_OF, LayerProblem, chosen_salience
 from drotator.offload import Batches
 from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
@@ -37,7 +37,7 @@ from drotator.preparation import Job, missing_bytes
 from drotator.pruners import validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.pruners.sweep_kernel import is_available
-from drotator.pruning import LayerContext, learn_rotation, objective_of, open_layer, prune_weight, starting_rotation
+from drotator.pruning import LayerContext, learn_rotation, objective_of, open_layer, prune_weights, starting_rotation
 from drotator.resources import Stopwatch, check_disk_space, float32_products, peak_memory, reset_peak_memory
 from drotator.results import RunReport
 from drotator.shapes import random_moments, random_weight, write_random_model
@@ -276,20 +276,22 @@ def bench_pruner(bench: Bench) -> None:
     generator = torch.Generator(device).manual_seed(given.seed)
     shapes = bounds.linear_shapes(sizes)
     H = {d_in: random_moments(d_in, generator) for _, d_in in shapes.values()}
-    weights = [random_weight(name, torch.Size(shape), generator) for name, shape in shapes.items()]
+    weights = {name: random_weight(name, torch.Size(shape), generator) for name, shape in shapes.items()}
+    readers = [[W for name, W in weights.items() if INPUT_OF[name] == inputs] for inputs in bounds.INPUTS]
     name, work = given.pruner.name, bounds.pruning(sizes, given.pruner)
 
     def prune() -> None:
-        for W in weights:
-            prune_weight(W, H[W.shape[1]], None, given.sparsity, given.pruner, bench.world)
+        for of_same in readers:
+            unscaled = [None] * len(of_same)
+            prune_weights(of_same, H[of_same[0].shape[1]], unscaled, given.sparsity, given.pruner, bench.world)
 
     def prune_by_loop() -> None:
-        for W in weights:
-            rows = bench.world.own(W) if given.sparsity.is_grouped else W
-            prune_sparsegpt(rows, H[W.shape[1]], given.sparsity, given.pruner, may_use_kernel=False)
+        for of_same in readers:
+            rows = [bench.world.own(W) if given.sparsity.is_grouped else W for W in of_same]
+            prune_sparsegpt(rows, H[rows[0].shape[1]], given.sparsity, given.pruner, may_use_kernel=False)
 
     timing = time_call(prune, device, world=bench.world)
-    if name == "sparsegpt" and is_available(weights[0].T, given.pruner.block_size):
+    if name == "sparsegpt" and is_available(weights["query"].T, given.pruner.block_size):
         loop = time_call(prune_by_loop, device, warm_up=False)
         bench.add(f"{name}, 7 linears", timing, work, faster_than=("plain loop", loop.milliseconds))
         bench.add(f"{name} by the plain loop", loop, work)

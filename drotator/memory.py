@@ -27,10 +27,11 @@ WORKSPACE = 500_000_000
 LEARNING = (20, 7)
 """Float32 matrices of the size of R1 that live in a step (of the optimizer, the gradients, the best iterate, value and
 output), and of the size of the part of the weights that is scored at once."""
-PRUNING = {"magnitude": (1, 5), "wanda": (1, 5), "sparsegpt": (3, 5), "admm": (7, 9), "none": (1, 5)}
-"""Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too."""
-SOLVING = (2, 12)
-"""The same of `solve_on_mask`."""
+PRUNING = {"magnitude": (1, 5, 8), "wanda": (1, 5, 8), "sparsegpt": (3, 5, 10), "admm": (7, 9, 16), "none": (1, 5, 6)}
+"""Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too; of the weight
+when two that read the same inputs are pruned together."""
+SOLVING = (2, 12, 17)
+"""The same of `solve_on_mask`, which works on one of the two."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ def memory_needs(
         "embeddings": itemsize * (vocab_size * d + tokens * 2 * d),
         "statistics": weights + 4 * largest**2 + forward,
     }
-    for squares_of_pruner, linears in (PRUNING[settings.pruner.name], SOLVING)[: 1 + bool(settings.pruner.solve_steps)]:
-        held = weights + 4 * (3 * d * d + squares_of_pruner * largest**2 + linears * m * d)
-        stages["pruning"] = max(held, stages.get("pruning", 0))
+    workers = (PRUNING[settings.pruner.name], SOLVING)[: 1 + bool(settings.pruner.solve_steps)]
+    stages["pruning"] = weights + 4 * max(
+        3 * d * d + max(squares_of_worker * largest**2 + one * m * d, squares_of_worker * d * d + two * m * d)
+        for squares_of_worker, one, two in workers  # down alone, or gate and up
+    )
     if is_rotated:
         dense = weights + copies + squares
         stages["statistics"] = dense + max(forward, calibration.seqlen * graph)

@@ -260,64 +260,80 @@ def prune_linears(
         else:  # once query, key and value are pruned, attention stays what it is
             H = context.collect((inputs,), R1, keep_attention=inputs == "output")[inputs]
         with context.watch.measure("prune"):
-            for name in names:
-                scale = row_scale(name, context, sensitivities, R2)
-                results[name], damping = prune_linear(context, name, H, pruner, sparsity, R2, scale)
-                if damping > pruner.damping:
-                    raised[name] = damping
+            scales = [row_scale(name, context, sensitivities, R2) for name in names]
+            found, damping = prune_readers(context, names, H, pruner, sparsity, R2, scales)
+        results |= found
+        if damping > pruner.damping:
+            raised |= dict.fromkeys(names, damping)
     return results, raised
 
 
-def prune_linear(
+def prune_readers(
     context: LayerContext,
-    name: str,
+    names: Sequence[str],
     H: Tensor,
     pruner: PrunerConfig,
     sparsity: SparsityConfig,
     R2: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[LinearResult, float]:
-    """Prune one of the layer's linears in place.
+    scales: Sequence[Tensor | None],
+) -> tuple[dict[str, LinearResult], float]:
+    """Prune those of the layer's linears that read the same inputs, in place.
 
     Args:
-        H: (d_in, d_in), of its inputs.
-        R2, scale: see `prune_linears` and `row_scale`.
-    Returns: its result, and the damping that was used.
+        H: (d_in, d_in), of their inputs.
+        R2, scales: see `prune_linears` and `row_scale`.
+    Returns: the result of each, and the damping that was used.
     """
-    module, damping = linear(context.layer, name), 0.0
-    W = module.weight.to(torch.float32, copy=True)
+    modules, damping = [linear(context.layer, name) for name in names], 0.0
+    dense = [module.weight.to(torch.float32, copy=True) for module in modules]
     if pruner.name != "none":
-        with naming(f"Layer {context.index}, {name}"):
-            weight, damping = prune_weight(W, H, scale, sparsity, pruner, context.stream.world)
-        module.weight.copy_(weight)
-        del weight
-    before, after = W, module.weight.float()
-    if R2 is not None and name == context.spec.value:
-        undo = torch.linalg.inv(R2).to(W)
-        before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
-    error = relative_error(before, after, H)
-    return LinearResult(sparsity=sparsity_of(module.weight), relative_error=float(error)), damping
+        with naming(f"Layer {context.index}, {', '.join(names)}"):
+            weights, damping = prune_weights(dense, H, scales, sparsity, pruner, context.stream.world)
+        for module, weight in zip(modules, weights, strict=True):
+            module.weight.copy_(weight)
+        del weights, weight
+    results = {}
+    for name, module, before in zip(names, modules, dense, strict=True):
+        after = module.weight.float()
+        if R2 is not None and name == context.spec.value:
+            undo = torch.linalg.inv(R2).to(before)
+            before, after = (rotate_value_rows(rows, undo) for rows in (before, after))
+        error = float(relative_error(before, after, H))
+        results[name] = LinearResult(sparsity=sparsity_of(module.weight), relative_error=error)
+    return results, damping
 
 
-def prune_weight(
-    W: Tensor, H: Tensor, scale: Tensor | None, sparsity: SparsityConfig, pruner: PrunerConfig, world: World
-) -> tuple[Tensor, float]:
-    """Prune one weight, (d_out, d_in), and fit what is left where that is asked for.
+def prune_weights(
+    dense: Sequence[Tensor],
+    H: Tensor,
+    scales: Sequence[Tensor | None],
+    sparsity: SparsityConfig,
+    pruner: PrunerConfig,
+    world: World,
+) -> tuple[list[Tensor], float]:
+    """Prune weights that read the same inputs, (d_out, d_in) each, and fit what is left where that is asked for.
 
     With N:M no row knows of another: each process of the world prunes its share of them with the whole H. Unstructured
-    masks are compared or counted over the whole matrix, so that every process prunes all of it.
+    masks are compared or counted over each whole matrix, so that every process prunes all of it.
 
     Args:
-        scale: see `row_scale`.
-    Returns: the weight, +0.0 where removed, the same in every process; the damping that was used.
+        scales: of each, see `row_scale`.
+    Returns: the weights, +0.0 where removed, the same in every process; the damping that was used.
     """
-    part = world.part(len(W)) if sparsity.is_grouped else slice(None)
-    rows, of_rows = W[part], None if scale is None else scale[part]
-    weight, mask, damping = PRUNERS[pruner.name](rows if of_rows is None else rows * of_rows, H, sparsity, pruner)
-    weight = weight if of_rows is None else weight / of_rows
-    if pruner.solve_steps:
-        weight = solve_on_mask(rows, weight, mask, H, damping=pruner.damping, steps=pruner.solve_steps)
-    return world.gather_rows(weight, len(W)) if sparsity.is_grouped else weight, damping
+    parts = [world.part(len(W)) if sparsity.is_grouped else slice(None) for W in dense]
+    rows = [W[part] for W, part in zip(dense, parts, strict=True)]
+    scales = [None if scale is None else scale[part] for scale, part in zip(scales, parts, strict=True)]
+    scaled = [W if scale is None else W * scale for W, scale in zip(rows, scales, strict=True)]
+    pruned = PRUNERS[pruner.name](scaled, H, sparsity, pruner)
+    del scaled
+    weights, damping = [], 0.0
+    for W, scale, whole in zip(rows, scales, dense, strict=True):
+        weight, mask, damping = pruned.pop(0)
+        weight = weight if scale is None else weight / scale
+        if pruner.solve_steps:
+            weight = solve_on_mask(W, weight, mask, H, damping=pruner.damping, steps=pruner.solve_steps)
+        weights.append(world.gather_rows(weight, len(whole)) if sparsity.is_grouped else weight)
+    return weights, damping
 
 
 def row_scale(

@@ -42,7 +42,7 @@ def problem(
 
 
 def admm(W: Tensor, H: Tensor, sparsity: SparsityConfig, **settings: float) -> tuple[Tensor, Tensor, float]:
-    return prune_admm(W, H, sparsity, PrunerConfig(name="admm", **settings))  # type: ignore[arg-type]
+    return prune_admm([W], H, sparsity, PrunerConfig(name="admm", **settings))[0]  # type: ignore[arg-type]
 
 
 def with_damping(H: Tensor, damping: float) -> Tensor:
@@ -143,7 +143,7 @@ def test_solving_keeps_its_inputs_dead_weights_and_positive_zeros() -> None:
 def test_solving_follows_sparsegpt_and_wanda_with_less_error() -> None:
     W, H = problem(16, 48)
     for name in ("sparsegpt", "wanda", "magnitude"):
-        pruned = PRUNERS[name](W, H, SparsityConfig(keep=2, group=4), PrunerConfig(name=name))
+        (pruned,) = PRUNERS[name]([W], H, SparsityConfig(keep=2, group=4), PrunerConfig(name=name))
         solved = solve_on_mask(W, pruned.weight, pruned.mask, H, damping=0.01, steps=10)
         assert relative_error(W, solved, H) < 0.95 * relative_error(W, pruned.weight, H)
 
@@ -158,7 +158,7 @@ def test_solving_refuses_a_hessian_that_is_not_finite() -> None:
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8)])
 def test_the_projection_is_the_nearest_matrix_of_the_pattern(keep: int, group: int) -> None:
     T = torch.randn(5, 2 * group, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mask = keep_largest(T, SparsityConfig(keep=keep, group=group))
+    mask = keep_largest(T, SparsityConfig(keep=keep, group=group), [len(T)])
     for row, kept in zip(T.view(-1, group), mask.view(-1, group), strict=True):
         distances = {
             survivors: sum(float(row[j]) ** 2 for j in range(group) if j not in survivors)
@@ -174,7 +174,7 @@ def test_the_unstructured_projection_is_the_nearest_of_all_of_its_count() -> Non
         itertools.combinations(range(12), 5),
         key=lambda survivors: sum(value**2 for j, value in enumerate(values) if j not in survivors),
     )
-    mask = keep_largest(T, SparsityConfig(ratio=7 / 12))
+    mask = keep_largest(T, SparsityConfig(ratio=7 / 12), [len(T)])
     assert tuple(mask.flatten().nonzero()[:, 0].tolist()) == best
 
 
@@ -196,13 +196,13 @@ def test_the_proximal_matrix_of_a_large_norm_has_its_digits_in_float32() -> None
 
 def plain_admm(A: Tensor, G: Tensor, sparsity: SparsityConfig, iterations: int) -> tuple[Tensor, Tensor]:
     """The three steps as papers write them: W, D and the unscaled multiplier, a linear solve in each."""
-    D = torch.where(keep_largest(A, sparsity), A, 0)
+    D = torch.where(keep_largest(A, sparsity, [len(A)]), A, 0)
     multiplier = torch.zeros_like(A)
     for rho, length in penalties(iterations):
         for _ in range(length):
             V = torch.linalg.solve(G + rho * torch.eye(len(G), dtype=G.dtype), (A @ G + rho * D - multiplier).T).T
             target = V + multiplier / rho
-            mask = keep_largest(target, sparsity)
+            mask = keep_largest(target, sparsity, [len(target)])
             D = torch.where(mask, target, 0)
             multiplier = multiplier + rho * (V - D)
     return D, mask
@@ -212,7 +212,7 @@ def plain_admm(A: Tensor, G: Tensor, sparsity: SparsityConfig, iterations: int) 
 @pytest.mark.parametrize("iterations", [1, 7, 25])
 def test_the_search_is_admm_as_written_out(sparsity: SparsityConfig, iterations: int) -> None:
     A, G = problem(6, 24, decay=0.5)
-    T, mask = search(A, G, sparsity, iterations)
+    T, mask = search(A, G, sparsity, iterations, [len(A)])
     D, expected = plain_admm(A, G, sparsity, iterations)
     assert torch.equal(mask, expected)
     torch.testing.assert_close(torch.where(mask, T, 0), D)
@@ -231,7 +231,9 @@ def test_uncorrelated_inputs_leave_the_mask_where_it_is_best() -> None:
     H = torch.diag(torch.logspace(0, -3, 32, dtype=torch.float64))
     for sparsity in SPARSITIES:
         weight, mask, _ = admm(W, H, sparsity)
-        assert torch.equal(mask, keep_largest(W * (H + 0.01 * H.diagonal().mean()).diagonal().sqrt(), sparsity))
+        assert torch.equal(
+            mask, keep_largest(W * (H + 0.01 * H.diagonal().mean()).diagonal().sqrt(), sparsity, [len(W)])
+        )
         torch.testing.assert_close(weight, torch.where(mask, W, 0))
 
 
@@ -296,7 +298,7 @@ def test_inputs_are_not_modified_and_strides_do_not_matter(sparsity: SparsityCon
 def test_admm_loses_clearly_less_than_sparsegpt(sparsity: SparsityConfig, decay: float) -> None:
     for seed in range(3):
         W, H = (tensor.float() for tensor in problem(48, 128, seed=seed, decay=decay))
-        sparsegpt = PRUNERS["sparsegpt"](W, H, sparsity, PrunerConfig())
+        (sparsegpt,) = PRUNERS["sparsegpt"]([W], H, sparsity, PrunerConfig())
         best = relative_error(W, admm(W, H, sparsity)[0], H)
         assert 0 < best < 0.9 * relative_error(W, sparsegpt.weight, H)
         assert best < relative_error(W, admm(W, H, sparsity, iterations=3)[0], H)
@@ -350,9 +352,9 @@ def test_damping_that_was_raised_is_reported(caplog: pytest.LogCaptureFixture) -
 @by_label
 def test_the_loops_read_no_value_back_to_the_host(sparsity: SparsityConfig) -> None:
     A, G = problem(8, 32)
-    mask = keep_largest(A, sparsity)
+    mask = keep_largest(A, sparsity, [len(A)])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        search(A, G, sparsity, 20)
+        search(A, G, sparsity, 20, [len(A)])
     operations = {event.key for event in profile.key_averages()}
     waits = {"item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
     assert "aten::addmm" in operations and operations.isdisjoint(f"aten::{name}" for name in waits)
@@ -370,10 +372,10 @@ def test_the_loops_read_no_value_back_to_the_host(sparsity: SparsityConfig) -> N
 @by_label
 def test_the_search_never_waits_for_the_gpu(sparsity: SparsityConfig) -> None:
     A, G = (tensor.cuda() for tensor in problem(8, 32))
-    expected = search(A, G, sparsity, 20)  # sets the libraries up, which may wait
+    expected = search(A, G, sparsity, 20, [len(A)])  # sets the libraries up, which may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        T, mask = search(A, G, sparsity, 20)
+        T, mask = search(A, G, sparsity, 20, [len(A)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(T, expected[0]) and torch.equal(mask, expected[1])

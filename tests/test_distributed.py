@@ -28,7 +28,7 @@ from drotator.objectives import INPUT_OF, LayerProblem, build_objective, with_gr
 from drotator.processes import Place, place
 from drotator.pruners import PRUNERS
 from drotator.pruners.solve import solve_on_mask
-from drotator.pruning import prune_weight
+from drotator.pruning import prune_weights
 from drotator.resources import choose_device
 from drotator.rotation import Rotation
 from drotator.statistics import ActivationStream, white_noise
@@ -163,18 +163,21 @@ class Gathered(World):
 @pytest.mark.parametrize("name", PRUNERS)
 def test_the_rows_of_all_processes_are_those_of_one(name: str, sparsity: SparsityConfig, solve_steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    W, X = torch.randn(23, 16, generator=generator), torch.randn(16, 400, generator=generator)
+    weights = [torch.randn(rows, 16, generator=generator) for rows in (23, 10)]
+    X = torch.randn(16, 400, generator=generator)
     H, pruner = 2 / 400 * X @ X.mT, PrunerConfig(name=name, solve_steps=solve_steps)
-    pruned = PRUNERS[name](W, H, sparsity, pruner)
-    expected = pruned.weight
-    if solve_steps:
-        expected = solve_on_mask(W, expected, pruned.mask, H, damping=pruner.damping, steps=solve_steps)
-    parts = [prune_weight(W, H, None, sparsity, pruner, Gathered(rank, 3)) for rank in range(3)]
-    rows = [weight for weight, _ in parts]
-    assert [len(weight) for weight in rows] == ([7, 8, 8] if sparsity.is_grouped else [23] * 3)
-    found = torch.cat(rows) if sparsity.is_grouped else rows[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert {damping for _, damping in parts} == {pruned.damping}
+    parts = [prune_weights(weights, H, [None, None], sparsity, pruner, Gathered(rank, 3)) for rank in range(3)]
+    for index, W in enumerate(weights):
+        (pruned,) = PRUNERS[name]([W], H, sparsity, pruner)
+        expected = pruned.weight
+        if solve_steps:
+            expected = solve_on_mask(W, expected, pruned.mask, H, damping=pruner.damping, steps=solve_steps)
+        rows = [found[index] for found, _ in parts]
+        shares = [len(W) * (rank + 1) // 3 - len(W) * rank // 3 for rank in range(3)]
+        assert [len(weight) for weight in rows] == (shares if sparsity.is_grouped else [len(W)] * 3)
+        found = torch.cat(rows) if sparsity.is_grouped else rows[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert {damping for _, damping in parts} == {pruned.damping}
 
 
 def test_every_window_is_one_process_own_and_so_is_its_noise(tmp_path: Path) -> None:

@@ -47,11 +47,18 @@ class LiveTensors(TorchDispatchMode):
         return result
 
 
+WEIGHED = {"name": "sparsegpt", "weights": "sensitivity"}
+NARROW = {"sparsity": {"ratio": 0.5}, "rotation": "none", "intermediate_size": 320}
+"""Here gate and up together take more than down alone, whose H is small."""
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda": ("pruning", {"pruner": "wanda", "rotation": "none"}),
     "sparsegpt": ("pruning", {"pruner": "sparsegpt", "rotation": "none"}),
     "admm": ("pruning", {"pruner": "admm", "rotation": "none"}),
     "solve": ("pruning", {"pruner": {"name": "wanda", "solve_steps": 2}, "rotation": "none"}),
+    "wanda, gate and up": ("pruning", {"pruner": WEIGHED | {"name": "wanda"}} | NARROW),
+    "sparsegpt, gate and up": ("pruning", {"pruner": WEIGHED} | NARROW),
+    "admm, gate and up": ("pruning", {"pruner": WEIGHED | {"name": "admm"}} | NARROW),
+    "solve, gate and up": ("pruning", {"pruner": WEIGHED | {"solve_steps": 2}} | NARROW),
     "rotation": ("learning", {"pruner": "sparsegpt"}),
     "reconstruction": ("reconstruction", {"pruner": "wanda", "rotation": "none", "reconstruct": "block"}),
 }
@@ -62,8 +69,9 @@ def test_a_layer_takes_what_is_estimated_and_little_less(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "WORKSPACE", 0)
-    stage, options = RUNS[run]
-    changes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 2}
+    stage, options = RUNS[run][0], dict(RUNS[run][1])
+    size = options.pop("intermediate_size", 768)
+    changes = {"hidden_size": 256, "intermediate_size": size, "head_dim": 64, "num_hidden_layers": 2}
     source = tiny_source(tmp_path / "model", "llama", torch.bfloat16, **changes)
     given = settings(tmp_path, **options)
     plan = plan_memory(given, source, CPU)

@@ -36,7 +36,7 @@ def problem(
 
 
 def prune(name: str, W: Tensor, H: Tensor, sparsity: SparsityConfig, **settings: float) -> PrunedLinear:
-    return PRUNERS[name](W, H, sparsity, PrunerConfig(name=name, **settings))  # type: ignore[arg-type]
+    return PRUNERS[name]([W], H, sparsity, PrunerConfig(name=name, **settings))[0]  # type: ignore[arg-type]
 
 
 def smallest(scores: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
@@ -239,6 +239,37 @@ def test_sparsegpt_equals_the_plain_column_recursion(sparsity: SparsityConfig, b
     torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("keep", "group"), [(5, 6), (5, 12), (9, 16), (20, 40)])
+def test_groups_wider_than_a_panel_or_no_multiple_of_it_equal_the_plain_column_recursion(keep: int, group: int) -> None:
+    sparsity = SparsityConfig(keep=keep, group=group)
+    W, H = problem(5, 2 * group, dead=(4,))
+    weight, mask, _ = prune("sparsegpt", W, H, sparsity)
+    expected_weight, expected_mask = obs_reference(W, H, sparsity, 0.01, 128)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("keep", "group"), [*GROUPS, (1, 3), (16, 32), (30, 40)])
+def test_groups_of_the_sweep_are_chosen_as_by_grouped_mask_ties_too(keep: int, group: int) -> None:
+    importance = torch.randint(3, (group, 500), generator=torch.Generator().manual_seed(0)).float()
+    gone = torch.empty_like(importance)
+    sparsegpt._choose(importance, keep, sparsegpt._pairs(group, importance), gone)
+    assert torch.equal(gone.T, (~grouped_mask(importance.T, keep, group)).float())
+
+
+@by_pruner
+@by_label
+def test_linears_pruned_together_are_as_each_alone(name: str, sparsity: SparsityConfig) -> None:
+    W, H = problem(23, 56, dead=(3,))
+    weights = [size * rows for size, rows in zip((1, 10, 0.1), W.split((12, 4, 7)), strict=True)]
+    together = PRUNERS[name](weights, H, sparsity, PrunerConfig(name=name, block_size=20))
+    for each, found in zip(weights, together, strict=True):
+        weight, mask, damping = prune(name, each, H, sparsity, block_size=20)
+        assert torch.equal(found.mask, mask) and found.damping == damping
+        assert int((~mask).sum()) == num_removed(sparsity, *each.shape)
+        torch.testing.assert_close(found.weight, weight, rtol=1e-9, atol=1e-12)
+
+
 def test_sparsegpt_in_float32_follows_float64() -> None:
     W, H = problem(16, 64)
     sparsity = SparsityConfig(keep=2, group=4)
@@ -346,7 +377,7 @@ def test_a_hessian_that_no_damping_mends_stops_with_advice(caplog: pytest.LogCap
 def sweep_of(W: Tensor, H: Tensor, sparsity: SparsityConfig) -> Callable[[], tuple[Tensor, Tensor]]:
     U, _ = inverse_factor(H, 0.01)
     gain = U.diagonal().pow(-2)
-    return lambda: sweep(W, U, gain, sparsity, block_size=16)
+    return lambda: sweep([W], U, gain, sparsity, block_size=16)
 
 
 @by_label

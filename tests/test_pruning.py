@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from drotator.config import (
     RotationConfig,
     SparsityConfig,
 )
+from drotator.distributed import ALONE
 from drotator.objectives import with_gradients
 from drotator.pruners import PRUNERS
 from drotator.pruning import (
@@ -36,6 +38,7 @@ from drotator.pruning import (
     objective_of,
     open_layer,
     prune_linears,
+    prune_weights,
     row_scale,
     starting_rotation,
 )
@@ -114,26 +117,24 @@ def pruned_in_order(
 
     The pruner is given the very same moments: a search turns some that differ by rounding into other masks.
     """
-    given: list[tuple[Tensor, Tensor]] = []
+    given: list[tuple[list[Tensor], Tensor]] = []
     prune = PRUNERS[pruner.name]
 
-    def recording(W: Tensor, H: Tensor, *settings: Any) -> Any:
-        given.append((W.clone(), H.clone()))
-        return prune(W, H, *settings)
+    def recording(weights: Sequence[Tensor], H: Tensor, *settings: Any) -> Any:
+        given.append(([W.clone() for W in weights], H.clone()))
+        return prune(weights, H, *settings)
 
     monkeypatch.setitem(PRUNERS, pruner.name, recording)
     results, raised = prune_linears(context, pruner, sparsity, R1, None)
     assert raised == {}
     assert list(results) == list(context.spec.linears)
-    seen = dict(zip(context.spec.linears, given, strict=True))
-    for names in context.spec.inputs.values():
+    for names, (weights, H_given) in zip(context.spec.inputs.values(), given, strict=True):
         H = moments(by_hand, names[0], R1)
-        for name in names:
+        torch.testing.assert_close(H_given.double(), H, rtol=1e-4, atol=1e-5 * float(H.diagonal().mean()))
+        for name, W, pruned in zip(names, weights, prune(weights, H_given, sparsity, pruner), strict=True):
             weight = linear(by_hand.layer, name).weight
-            W, H_given = seen[name]
             assert torch.equal(W, weight.float())
-            torch.testing.assert_close(H_given.double(), H, rtol=1e-4, atol=1e-5 * float(H.diagonal().mean()))
-            weight.copy_(prune(W, H_given, sparsity, pruner).weight)
+            weight.copy_(pruned.weight)
             assert torch.equal(linear(context.layer, name).weight, weight), name
             change = W.double() - weight.double()
             error = torch.trace(change @ H @ change.T) / torch.trace(W.double() @ H @ W.double().T)
@@ -207,7 +208,7 @@ def test_moments_that_are_known_are_used_for_attention_and_not_collected_again(t
     assert len(passes) == 3 * 3  # three batches for output, mlp and down
     for name in spec.inputs["attention"]:
         W = linear(dense, name).weight
-        weight = PRUNERS["wanda"](W, known, TWO_OF_FOUR, pruner).weight
+        weight = PRUNERS["wanda"]([W], known, TWO_OF_FOUR, pruner)[0].weight
         assert torch.equal(linear(context.layer, name).weight, weight)
         change = ((W - weight) ** 2 * known.diagonal()).sum() / (W**2 * known.diagonal()).sum()
         assert results[name].relative_error == pytest.approx(float(change), rel=1e-4)
@@ -258,12 +259,34 @@ def test_sparsegpt_leaves_less_error_than_wanda_and_wanda_less_than_magnitude(tm
     assert 0 < gate["sparsegpt"] < gate["wanda"] < gate["magnitude"] < 1
 
 
-def test_a_pruner_that_fails_names_layer_and_linear(tmp_path: Path) -> None:
+@by_pruner
+@by_sparsity
+@pytest.mark.parametrize("solve_steps", [0, 3])
+def test_weights_that_read_the_same_inputs_are_pruned_as_each_alone(
+    pruner: str, sparsity: SparsityConfig, solve_steps: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(24, 96, generator=generator, dtype=torch.float64)
+    X[1:] += 0.5 * X[:-1]
+    dense = [size * torch.randn(rows, 24, generator=generator).double() for size, rows in ((1, 20), (3, 8), (0.1, 8))]
+    scales = [torch.logspace(-1, 1, 20).double()[:, None], None, torch.logspace(1, 0, 8).double()[:, None]]
+    settings = (sparsity, PrunerConfig(name=pruner, solve_steps=solve_steps, block_size=16), ALONE)
+    H = X @ X.mT
+    found, damping = prune_weights(dense, H, scales, *settings)
+    for W, scale, weight in zip(dense, scales, found, strict=True):
+        (alone,), alone_damping = prune_weights([W], H, [scale], *settings)
+        assert torch.equal(weight != 0, alone != 0)
+        torch.testing.assert_close(weight, alone, rtol=1e-9, atol=1e-12)
+        assert damping == alone_damping
+        assert int((weight == 0).sum()) == round(sparsity.fraction * W.numel())
+
+
+def test_a_pruner_that_fails_names_layer_and_linears(tmp_path: Path) -> None:
     context = context_of(tiny_source(tmp_path, "llama"), 2)
-    with pytest.raises(RuntimeError, match=r"Layer 2, self_attn\.q_proj: .*not positive definite"):
+    with pytest.raises(RuntimeError, match=r"Layer 2, self_attn\.q_proj, .*k_proj, .*v_proj: .*not positive definite"):
         prune_linears(context, PrunerConfig(), TWO_OF_FOUR, None, -torch.eye(32))
     linear(context.layer, context.spec.up).weight[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match=r"Layer 2, mlp\.up_proj: .*not finite"):
+    with pytest.raises(RuntimeError, match=r"Layer 2, mlp\.gate_proj, mlp\.up_proj: .*not finite"):
         prune_linears(context, PrunerConfig(name="magnitude"), TWO_OF_FOUR, None, None)
 
 

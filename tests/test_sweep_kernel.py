@@ -78,8 +78,9 @@ def test_the_kernel_follows_the_plain_sweep_in_float64(
     kernel: str, d_out: int, d_in: int, sparsity: SparsityConfig, block_size: int
 ) -> None:
     W, U, gain = problem(d_out, d_in, dead=(d_in // 2,) if d_in > 2 else ())
-    weight, mask = sweep(*single(kernel, W, U, gain), sparsity, block_size)
-    expected_weight, expected_mask = sweep(W, U, gain, sparsity, block_size)
+    of_kernel, *rest = single(kernel, W, U, gain)
+    weight, mask = sweep(of_kernel.split(-(-d_out // 2)), *rest, sparsity, block_size)
+    expected_weight, expected_mask = sweep(W.split(-(-d_out // 2)), U, gain, sparsity, block_size)
     assert weight.device.type == kernel and weight.dtype == torch.float32 and mask.dtype == torch.bool
     assert torch.equal(mask.cpu(), expected_mask)
     torch.testing.assert_close(weight.cpu().double(), expected_weight, rtol=1e-4, atol=1e-5)
@@ -91,7 +92,7 @@ def test_the_kernel_leaves_positive_zeros_in_exact_numbers(
     kernel: str, d_out: int, d_in: int, sparsity: SparsityConfig, block_size: int
 ) -> None:
     W, U, gain = single(kernel, *problem(d_out, d_in))
-    weight, mask = sweep(-W.abs(), U, gain, sparsity, block_size)
+    weight, mask = sweep([-W.abs()], U, gain, sparsity, block_size)
     assert int((~mask).sum()) == num_removed(sparsity, d_out, d_in)
     assert torch.equal(weight != 0, mask) and not weight[~mask].signbit().any()
 
@@ -100,10 +101,10 @@ def test_the_kernel_leaves_positive_zeros_in_exact_numbers(
 def test_of_equal_importances_in_the_kernel_the_first_survive(kernel: str) -> None:
     W, U, gain = torch.ones(5, 24, device=kernel), torch.eye(24, device=kernel), torch.ones(24, device=kernel)
     for keep, group in ((2, 4), (1, 3), (5, 8)):
-        weight, mask = sweep(W, U, gain, grouped(keep, group), 128)
+        weight, mask = sweep([W], U, gain, grouped(keep, group), 128)
         assert torch.equal(mask.cpu(), (torch.arange(24) % group < keep).expand(5, 24))
         assert torch.equal(weight, mask.float())
-        _, mask = sweep(W, U, torch.zeros_like(gain), grouped(keep, group), 128)
+        _, mask = sweep([W], U, torch.zeros_like(gain), grouped(keep, group), 128)
         assert torch.equal(mask.cpu(), (torch.arange(24) % group < keep).expand(5, 24))
 
 
@@ -127,11 +128,11 @@ def test_a_block_of_the_kernel_equals_a_block_of_torch(kernel: str, sparsity: Sp
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("sparsity", [grouped(2, 4), SparsityConfig(ratio=0.5)], ids=lambda sparsity: sparsity.label)
 def test_the_kernel_never_waits_for_the_gpu(sparsity: SparsityConfig) -> None:
-    tensors = single("cuda", *problem(70, 192))
-    expected = sweep(*tensors, sparsity, 128)  # compiles, which may wait
+    W, *rest = single("cuda", *problem(70, 192))
+    expected = sweep([W], *rest, sparsity, 128)  # compiles, which may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        weight, mask = sweep(*tensors, sparsity, 128)
+        weight, mask = sweep([W], *rest, sparsity, 128)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(weight, expected[0]) and torch.equal(mask, expected[1])
@@ -149,7 +150,7 @@ def test_sparsegpt_in_float32_on_a_gpu_launches_the_kernel_once_a_block(monkeypa
     monkeypatch.setattr(sweep_kernel, "sweep_block", counted)
     W, H = torch.randn(64, 320, device="cuda"), torch.eye(320, device="cuda")
     for dtype, expected in ((torch.float64, []), (torch.float32, [(128, 64), (128, 64), (64, 64)])):
-        prune_sparsegpt(W.to(dtype), H.to(dtype), grouped(2, 4), PrunerConfig())
+        prune_sparsegpt([W.to(dtype)], H.to(dtype), grouped(2, 4), PrunerConfig())
         assert [shape for shape in blocks if shape != (1, 1)] == expected
 
 

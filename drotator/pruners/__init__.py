@@ -1,11 +1,11 @@
-"""The pruners: one function each, from a weight and the Hessian of its inputs to what is left of it.
+"""The pruners: one function each, from weights that read the same inputs and their Hessian to what is left of them.
 
 A new pruner is a function of type `Pruner` and one line in `PRUNERS`; the tests then run on it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from drotator.pruners.wanda import prune_wanda
 
 __all__ = ["PRUNERS", "PrunedLinear", "Pruner", "relative_error", "sparsity_of", "validate"]
 
-Pruner = Callable[[Tensor, Tensor, SparsityConfig, PrunerConfig], PrunedLinear]
-"""(W (d_out, d_in), H (d_in, d_in) = 2/N X X^T undamped, sparsity, settings) -> PrunedLinear. Writes into neither."""
+Pruner = Callable[[Sequence[Tensor], Tensor, SparsityConfig, PrunerConfig], list[PrunedLinear]]
+"""(weights (d_out, d_in) each, H (d_in, d_in) = 2/N X X^T undamped, sparsity, settings) -> a PrunedLinear for each.
+
+Writes into none of them. Each weight becomes what it would become alone; what follows from H is computed once for all.
+"""
 
 PRUNERS: dict[str, Pruner] = {
     "magnitude": prune_magnitude,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,21 @@ from drotator.pruners.masks import (
 
 
 @torch.no_grad()
-def prune_magnitude(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig) -> PrunedLinear:
-    """Remove the smallest weights of every group, or of the whole matrix.
+def prune_magnitude(
+    weights: Sequence[Tensor], H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig
+) -> list[PrunedLinear]:
+    """Remove the smallest weights of every group, or of each whole matrix.
 
     Args:
-        W: (d_out, d_in) float32 or float64, not modified.
+        weights: (d_out, d_in) each, float32 or float64, not modified.
         H: not read.
         settings: not read.
-    Raises: ValueError if the group does not divide d_in; RuntimeError if W is not finite.
+    Raises: ValueError if the group does not divide d_in; RuntimeError if a weight is not finite.
     """
+    return [_prune(W, sparsity) for W in weights]
+
+
+def _prune(W: Tensor, sparsity: SparsityConfig) -> PrunedLinear:
     validate(sparsity, W.shape[1], "the weight")
     require_finite(W, "The weight W")
     importance = W.abs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,20 +20,27 @@ from drotator.pruners.masks import (
 
 
 @torch.no_grad()
-def prune_wanda(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig) -> PrunedLinear:
+def prune_wanda(
+    weights: Sequence[Tensor], H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig
+) -> list[PrunedLinear]:
     """Remove the weights of least W_ij^2 H_jj of every group, or of every row. The others stay as they are.
 
     Args:
-        W: (d_out, d_in) float32 or float64, not modified.
-        H: (d_in, d_in) dtype of W, 2/N X X^T over N calibration tokens; only the diagonal is read.
+        weights: (d_out, d_in) each, float32 or float64, not modified.
+        H: (d_in, d_in) dtype of the weights, 2/N X X^T over N calibration tokens; only the diagonal is read.
         settings: not read.
-    Raises: ValueError if the group does not divide d_in; RuntimeError if W or the diagonal of H is not finite.
+    Raises: ValueError if the group does not divide d_in; RuntimeError if a weight or the diagonal of H is not finite.
     Source: Wanda, arXiv 2306.11695, eq. 1, squared.
     """
+    energy = H.diagonal()
+    require_finite(energy, "The diagonal of the Hessian H")
+    return [_prune(W, energy, sparsity) for W in weights]
+
+
+def _prune(W: Tensor, energy: Tensor, sparsity: SparsityConfig) -> PrunedLinear:
     validate(sparsity, W.shape[1], "the weight")
     require_finite(W, "The weight W")
-    require_finite(H.diagonal(), "The diagonal of the Hessian H")
-    importance = W.square() * H.diagonal()
+    importance = W.square() * energy
     if sparsity.is_grouped:
         mask = grouped_mask(importance, sparsity.keep, sparsity.group)
     else:

@@ -1,7 +1,7 @@
 """`drotator bench kind=inference`: one decoder layer dense, 2:4, and 2:4 with the matrix between two bases.
 
-A 2:4 weight runs through torch.sparse.to_sparse_semi_structured, whose kernels depend on torch and the GPU: each is
-tried first, and compared with the dense product of the same weights.
+Kernels for 2:4 weights (semi_structured.py) depend on torch and the GPU: each is tried first, and compared with the
+dense product of the same weights.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,24 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from drotator import bounds
-from drotator.architecture import LAYERS, LayerSpec, ModelSource, hidden_states, linear
+from drotator.architecture import LAYERS, ModelSource, hidden_states, linear
+from drotator.benchmark_forms import Call, Form, Variant, add, first_line, prepare, timed
+from drotator.benchmark_products import bench_products
 from drotator.bounds import Work
-from drotator.config import SparsityConfig
-from drotator.graphs import captured
 from drotator.measurement import Bench, Row, Timing, time_call
 from drotator.modeling_rotated import Boundary
-from drotator.pruners.masks import apply_mask, grouped_mask, validate
+from drotator.pruners.masks import validate
+from drotator.semi_structured import KERNELS, TWO_OF_FOUR, WRONG, compressed, prune_2of4
 from drotator.shapes import random_weight, write_random_model
 from drotator.statistics import ActivationStream
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"cuSPARSELt": False, "CUTLASS": True}
-"""Name -> torch's switch that forces CUTLASS."""
-WRONG = 0.05
-"""Relative difference from the dense product from which on a kernel's results are wrong, not rounded."""
 TRIED_TOKENS = 64
-TWO_OF_FOUR = SparsityConfig(keep=2, group=4)
 
 
 def check_inference(bench: Bench) -> None:
@@ -50,52 +43,23 @@ def check_inference(bench: Bench) -> None:
 
 
 def run_inference(bench: Bench, run_dir: Path) -> None:
-    """Measure prefill and decoding of every variant of a layer."""
+    """Measure prefill and decoding of every variant of a layer, and the linears alone in the largest of both."""
+    options = bench.settings.bench
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".layer-") as folder:
         source = write_random_model(
             Path(folder) / "model", bench.source, 1, device=bench.device, seed=bench.settings.seed
         )
-        calls: list[Call] = [
-            *(Prefill.of(bench, source, size) for size in dict.fromkeys((1, bench.settings.bench.batch_size))),
-            *(Decode.of(bench, source, size) for size in dict.fromkeys(bench.settings.bench.decode)),
-        ]
+        prefills = [Prefill.of(bench, source, size) for size in dict.fromkeys((1, options.batch_size))]
+        decodes = [Decode.of(bench, source, size) for size in dict.fromkeys(options.decode)]
         layer = source.layer(0, bench.device)
+    calls: list[Call] = [*prefills, *decodes]
     with torch.no_grad():
-        rows = {variant.form: bench_variant(bench, variant, calls) for variant in variants(bench, layer)}
+        sparse = sparse_layers(bench, layer)
+        rows = {variant.form: bench_variant(bench, variant, calls) for variant in variants(bench, layer, sparse)}
         bench_model(bench, calls, rows)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a layer is made into."""
-
-    name: str
-    sparse: bool = False
-    boundary: bool = False
-
-    @property
-    def counted(self) -> dict[str, bool]:
-        return {"sparse": self.sparse, "boundary": self.boundary}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A layer in one of its forms."""
-
-    form: Form
-    layer: nn.Module
-
-    @property
-    def bytes(self) -> int:
-        """Of its weights, as they lie in memory."""
-        return sum(part.nbytes for parameter in self.layer.parameters() for part in parts_of(parameter))
-
-
-def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors of a compressed one, or itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        if sparse:
+            largest = max(decodes, key=lambda call: len(call.hidden), default=None)
+            bench_products(bench, layer, sparse, [prefills[-1], *([largest] if largest else [])])
 
 
 class WithBoundary(nn.Module):
@@ -110,24 +74,33 @@ class WithBoundary(nn.Module):
         return output
 
 
-def variants(bench: Bench, layer: nn.Module) -> Iterator[Variant]:
-    """Yield the layer's forms; without a kernel for 2:4, the dense layer with a boundary matrix stands for them."""
-    yield Variant(Form("dense"), layer)
-    pruned = prune_2of4(copy.deepcopy(layer), bench.source.spec)
-    found = False
-    for backend in BACKENDS:
+def sparse_layers(bench: Bench, layer: nn.Module) -> dict[str, nn.Module]:
+    """Kernel -> the layer with 2:4 linears, of the kernels that run here; a note says why others do not."""
+    spec = bench.source.spec
+    pruned = prune_2of4(copy.deepcopy(layer), spec)
+    found = {}
+    for kernel in KERNELS:
         try:
-            sparse = compressed(copy.deepcopy(pruned), bench.source.spec, backend)
+            sparse = compressed(copy.deepcopy(pruned), spec, kernel)
             check_products(pruned, sparse, bench)
         except Exception as error:  # noqa: BLE001 - torch, its build and the GPU may each say no in their own way
-            bench.note(f"2:4 by {backend} is not supported here: {first_line(error)}")
+            bench.note(f"2:4 by {kernel} is not supported here: {first_line(error)}")
             continue
-        found = True
-        yield Variant(Form(f"2:4 {backend}", sparse=True), sparse)
-        joined = WithBoundary(sparse, boundary_matrix(bench))
-        yield Variant(Form(f"2:4 {backend} + R1", sparse=True, boundary=True), joined)
-    if not found:
-        yield Variant(Form("dense + R1", boundary=True), WithBoundary(layer, boundary_matrix(bench)))
+        found[kernel] = sparse
+    return found
+
+
+def variants(bench: Bench, layer: nn.Module, sparse: dict[str, nn.Module]) -> list[Variant]:
+    """The layer's forms; without a kernel for 2:4, the dense layer with a boundary matrix stands for them."""
+    between = boundary_matrix(bench)
+    found = [Variant(Form("dense"), layer)]
+    for kernel, whole in sparse.items():
+        found.append(Variant(Form(f"2:4 {kernel}", sparse=True), whole))
+        joined = WithBoundary(whole, between)
+        found.append(Variant(Form(f"2:4 {kernel} + R1", sparse=True, boundary=True), joined))
+    if not sparse:
+        found.append(Variant(Form("dense + R1", boundary=True), WithBoundary(layer, between)))
+    return found
 
 
 def boundary_matrix(bench: Bench) -> Boundary:
@@ -138,41 +111,11 @@ def boundary_matrix(bench: Bench) -> Boundary:
     return between
 
 
-def prune_2of4(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    """Keep the two largest of every four inputs of each linear, in place."""
-    for name in spec.linears:
-        weight = linear(layer, name).weight
-        weight.data = apply_mask(weight, grouped_mask(weight.float().abs(), TWO_OF_FOUR.keep, TWO_OF_FOUR.group))
-    return layer
-
-
-@contextmanager
-def forced_backend(backend: str) -> Iterator[None]:
-    switch = torch.sparse.SparseSemiStructuredTensor
-    before = switch._FORCE_CUTLASS
-    switch._FORCE_CUTLASS = BACKENDS[backend]
-    try:
-        yield
-    finally:
-        switch._FORCE_CUTLASS = before
-
-
-def compressed(layer: nn.Module, spec: LayerSpec, backend: str) -> nn.Module:
-    """Replace the linears' weights by torch's compressed ones. Raises: RuntimeError as torch does."""
-    with forced_backend(backend), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch calls it a prototype
-        for name in spec.linears:
-            module = linear(layer, name)
-            sparse = torch.sparse.to_sparse_semi_structured(module.weight.data)
-            module.weight = nn.Parameter(sparse, requires_grad=False)
-    return layer
-
-
 def check_products(pruned: nn.Module, sparse: nn.Module, bench: Bench) -> None:
     """Compare each linear with the dense product of the same weights. Raises: RuntimeError if one is wrong."""
     generator = torch.Generator(bench.device).manual_seed(bench.settings.seed)
     for name in bench.source.spec.linears:
-        dense, module = linear(pruned, name), linear(sparse, name)
+        dense, module = linear(pruned, name), sparse.get_submodule(name)
         x = torch.randn(TRIED_TOKENS, dense.in_features, generator=generator, device=bench.device).to(
             bench.source.dtype
         )
@@ -259,7 +202,6 @@ class Decode:
         return bounds.decode(bench.source.sizes, len(self.hidden), bench.settings.bench.seqlen, **form.counted)
 
 
-Call = Prefill | Decode
 Rows = dict[tuple[str, str], Row]
 """By the name of the call and the mode: "" for plain torch, graph or compiled."""
 
@@ -268,21 +210,16 @@ def bench_variant(bench: Bench, variant: Variant, calls: list[Call]) -> Rows:
     """Measure one form of the layer in every call and every mode, and the boundary matrix alone."""
     rows: Rows = {}
     for call in calls:
+        found = prepare(bench, variant, call)
+        if found is None:
+            continue
+        if found:
+            chosen = ", ".join(f"{name.removesuffix('.product')} {algorithm}" for name, algorithm in found.items())
+            bench.note(f"{call.name}: algorithms of {variant.form.name}: {chosen}.")
         for mode in (*call.modes, *(("compiled",) if bench.settings.bench.compile else ())):
-            run = runner(bench, variant, call, mode)
-            if run is None:
-                continue
-            label = f"{call.name}{f', {mode}' if mode else ''}"
-            try:
-                timing = time_call(run, bench.device)
-            except Exception as error:  # noqa: BLE001 - a compiler may raise anything; the other modes go on
-                bench.note(f"{label}: {variant.form.name} failed: {first_line(error)}.")
-                continue
-            if bench.device.type == "cuda":
-                timing = Timing(
-                    timing.milliseconds, variant.bytes + call.hidden.nbytes + call.cache_bytes + timing.working_bytes
-                )
-            rows[call.name, mode] = add(bench, label, variant.form, timing, call.work(bench, variant.form))
+            row = timed(bench, variant, call, mode)
+            if row is not None:
+                rows[call.name, mode] = row
     for call in calls if variant.form.boundary else ():
         between = variant.layer.get_submodule("boundary")
         num_tokens, d = call.hidden.shape[0] * call.hidden.shape[1], call.hidden.shape[2]
@@ -292,34 +229,6 @@ def bench_variant(bench: Bench, variant: Variant, calls: list[Call]) -> Rows:
             part = timing.milliseconds / rows[call.name, ""].milliseconds
             bench.note(f"{call.name}: the boundary matrix alone takes {part:.1%} of the time of {variant.form.name}.")
     return rows
-
-
-def add(bench: Bench, label: str, form: Form, timing: Timing, work: Work) -> Row:
-    """Keep a result beside that of the dense form."""
-    dense = next((row.milliseconds for row in bench.rows if row.name == f"{label}: dense"), None)
-    faster_than = None if dense is None else ("dense", dense)
-    return bench.add(f"{label}: {form.name}", timing, work, faster_than=faster_than)
-
-
-def runner(bench: Bench, variant: Variant, call: Call, mode: str) -> Callable[[], object] | None:
-    """What is timed, or None where the device has no such mode."""
-    layer: Callable[..., Any] = variant.layer
-    if mode == "compiled":
-        torch.compiler.reset()
-        layer = torch.compile(variant.layer)
-
-    def run() -> None:
-        layer(call.hidden, **call.kwargs)
-
-    if mode != "graph":
-        return run
-    if bench.device.type != "cuda":
-        return None
-    replay = captured(run, [call.hidden])
-    if replay is run:
-        bench.note(f"{call.name}: {variant.form.name} cannot be captured in a CUDA graph here.")
-        return None
-    return replay
 
 
 def bench_model(bench: Bench, calls: list[Call], rows: dict[Form, Rows]) -> None:
@@ -356,7 +265,3 @@ def model_bytes(bench: Bench, form: Form) -> int:
     source = bench.source
     embeddings = 2.0 * source.config.vocab_size * source.sizes.hidden_size * (1 if source.is_tied else 2)
     return int(source.num_layers * bounds.layer_bytes(source.sizes, **form.counted) + embeddings)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -161,9 +161,11 @@ def cache_bytes(sizes: LayerSizes, batch_size: int, seqlen: int) -> float:
     return 4.0 * batch_size * seqlen * sizes.num_key_value_heads * sizes.head_dim
 
 
-def product(rows: int, d_in: int, d_out: int) -> Work:
-    """x W^T in 16 bits."""
-    return Work(bfloat16=2.0 * rows * d_in * d_out, bytes=2.0 * (rows * (d_in + d_out) + d_in * d_out))
+def product(rows: int, d_in: int, d_out: int, *, sparse: bool = False) -> Work:
+    """x W^T in 16 bits; W is 2:4 if sparse: half the operations, SPARSE_SIZE of its bytes."""
+    operations = 2.0 * rows * d_in * d_out * (0.5 if sparse else 1)
+    weights = d_in * d_out * (SPARSE_SIZE if sparse else 1)
+    return Work(bfloat16=operations, bytes=2.0 * (rows * (d_in + d_out) + weights))
 
 
 def pruning(sizes: LayerSizes, pruner: PrunerConfig) -> Work:

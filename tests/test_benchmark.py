@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from drotator import benchmark_pruning
 from drotator.benchmark import run_bench
-from drotator.benchmark_inference import FixedCache, parts_of
+from drotator.benchmark_forms import parts_of
+from drotator.benchmark_inference import FixedCache
 from drotator.benchmark_pruning import time_step
 from drotator.config import BenchConfig, ObjectiveConfig, PruneConfig, SparsityConfig
 from drotator.distributed import World

@@ -29,8 +29,8 @@ from drotator.scores import (
 )
 
 Objective = Callable[..., Tensor]
-"""(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, the number of one of the batches whose mean
-the objective is; None: the objective itself."""
+"""(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, number of one of the batches whose mean is
+the objective; None: the objective itself."""
 
 ObjectiveWithGradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(R1, R2, batch=None) -> loss, dL/dR1, dL/dR2."""
@@ -246,6 +246,7 @@ def build_objective(
         return W[name] * counts.sqrt().unsqueeze(-1)
 
     unit = ALIGNED * batches
+    own_columns = None if world.size == 1 else world.part(sizes.hidden_size, unit)
 
     def reading(*names: str) -> Tensor:
         joined = torch.cat([world.own(counted(name), 0, unit).to(problem.products) for name in names])
@@ -291,7 +292,7 @@ def build_objective(
         attention_energy, mlp_energy, heads = energy("attention", R1), energy("mlp", R1), R2
         columns, energy_of_down = ALL_COLUMNS, down_energy
         if not is_entropy:
-            columns, heads = Columns(None if world.size == 1 else world.part(len(R1), unit), batches, batch), world.own(R2)
+            columns, heads = Columns(own_columns, batches, batch), world.own(R2)
         elif down_energy is not None:
             energy_of_down = one_of(down_energy, batch)
         down = RotatedWeight(one_of(of_down, batch if is_entropy else None), by_input, True, is_entropy)
@@ -342,17 +343,17 @@ def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> Obj
     """
 
     def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        total, G1, G2 = R1.new_zeros(()), None, []
+        total, of_R1, of_R2 = R1.new_zeros(()), list[Tensor](), list[Tensor]()
         for objective, R2_layer in zip(objectives, R2.chunk(len(objectives)), strict=True):
             leaves = (R1.detach().requires_grad_(), R2_layer.detach().requires_grad_())
             with torch.enable_grad():
                 loss = objective(*leaves, batch)
             gradients = torch.autograd.grad(loss, leaves)
             total += loss.detach()
-            G1 = gradients[0] if G1 is None else G1.add_(gradients[0])
-            G2.append(gradients[1])
-        G1, G, total = world.sums([G1, torch.cat(G2), total])  # in this order: both matrices stay aligned
-        return total, G1, G
+            of_R1 = [G.add_(gradients[0]) for G in of_R1] or [gradients[0]]
+            of_R2.append(gradients[1])
+        G1, G2, total = world.sums([*of_R1, torch.cat(of_R2), total])  # in this order: both matrices stay aligned
+        return total, G1, G2
 
     return evaluate
 

@@ -198,7 +198,7 @@ class OptimizerConfig:
     name: str = "spectral"
     steps: int = 200
     learning_rate: float = 0.15
-    batches: int = 2
+    batches: int = 1
     warm_start: bool = True
 
     def __post_init__(self) -> None:

@@ -350,7 +350,7 @@ def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> Obj
                 loss = objective(*leaves, batch)
             gradients = torch.autograd.grad(loss, leaves)
             total += loss.detach()
-            of_R1 = [G.add_(gradients[0]) for G in of_R1] or [gradients[0]]
+            of_R1 = [G + gradients[0] for G in of_R1] or [gradients[0]]
             of_R2.append(gradients[1])
         G1, G2, total = world.sums([*of_R1, torch.cat(of_R2), total])  # in this order: both matrices stay aligned
         return total, G1, G2

@@ -184,6 +184,7 @@ def test_boundaries_stand_where_r1_changes(given: dict[str, Any], boundaries: li
         (config.RotationConfig, {"name": "shared", "groups": 0}, "rotation.groups=0 is not allowed: 1 or more."),
         (config.ReconstructConfig, {"epochs": 0}, "reconstruct.epochs=0 is not allowed: 1 or more."),
         (config.ReconstructConfig, {"learning_rate": 0.0}, "reconstruct.learning_rate=0.0 is not allowed: above 0."),
+        (config.OptimizerConfig, {"batches": 0}, "optimizer.batches=0 is not allowed: 1 or more."),
         (config.PrunerConfig, {"solve_steps": -1}, "pruner.solve_steps=-1 is not allowed: 0 or more."),
         (config.PrunerConfig, {"iterations": 0}, "pruner.iterations=0 is not allowed: 1 or more."),
     ],

@@ -236,15 +236,16 @@ TERMS: dict[str, tuple[str, str, SparsityConfig, str, bool]] = {
 WIDE = LayerSizes(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 
-def summed(case: str, world: World) -> list[torch.Tensor]:
-    """The loss of two layers and both gradients, float64."""
+def summed(case: str, world: World, batch: int | None = None) -> list[torch.Tensor]:
+    """The loss of two layers and both gradients, float64; or of one of two batches."""
     name, salience, sparsity, value_map, is_weighed = TERMS[case]
     at = random_map() if value_map == "invertible" else random_rotation()
     layers = [layer_of(is_weighed), layer_of(is_weighed)]
     layers[1] = dataclasses.replace(layers[1], weights=problem(7).weights)
     given = (ObjectiveConfig(name=name), salience, sparsity)
-    objectives = [build_objective(*given, layer, DAMPING, value_map, world) for layer in layers]
-    return list(with_gradients(objectives, world)(at.R1, torch.cat([at.R2, at.R2.flip(0)])))
+    batches, chosen = (1, None) if batch is None else (2, torch.tensor([batch]))
+    objectives = [build_objective(*given, layer, DAMPING, value_map, world, batches) for layer in layers]
+    return list(with_gradients(objectives, world)(at.R1, torch.cat([at.R2, at.R2.flip(0)]), chosen))
 
 
 def trained(name: str, world: World) -> list[torch.Tensor]:
@@ -275,6 +276,7 @@ def operations(name: str, world: World) -> int:
 def found_by(world: World) -> dict[str, Any]:
     return {
         **{case: summed(case, world) for case in TERMS},
+        **{f"{case}, a batch": summed(case, world, 1) for case in TERMS},
         **{name: trained(name, world) for name in LEARNED},
         **{f"{name} operations": operations(name, world) for name in ("entropy", "pruning_error")},
     }
@@ -323,7 +325,7 @@ several = pytest.mark.parametrize("size", [2, 3])
 
 
 @several
-@pytest.mark.parametrize("case", TERMS)
+@pytest.mark.parametrize("case", [*TERMS, *(f"{case}, a batch" for case in TERMS)])
 def test_the_terms_of_all_processes_add_up_to_the_objective(
     in_parts: dict[int, list[dict[str, Any]]], case: str, size: int
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import stretched
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from drotator.architecture import PRE_NORM, LayerSizes
 from drotator.config import SALIENCES, ObjectiveConfig, PrunerConfig, SparsityConfig
@@ -21,6 +22,7 @@ from drotator.objectives import (
     column_energy,
     needed_hessians,
     reader_moments,
+    require_batches,
     with_gradients,
 )
 from drotator.pruners import PRUNERS
@@ -169,6 +171,45 @@ def test_an_objective_at_a_rotation_is_that_of_the_merged_layer_at_the_identity(
     rotation, identity = random_rotation(), Rotation.identity(SIZES).to(dtype=torch.float64)
     merged = objective_of(name, salience, layer=rotated(problem(), rotation))(identity.R1, identity.R2)
     torch.testing.assert_close(objective_of(name, salience)(rotation.R1, rotation.R2), merged)
+
+
+@by_name
+@by_salience
+@pytest.mark.parametrize("batches", [2, 3])
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_the_mean_of_its_batches_is_the_objective_and_so_are_the_gradients(
+    name: str, salience: str, batches: int, is_weighed: bool
+) -> None:
+    at, layer = random_rotation(), problem()
+    if is_weighed:
+        layer = weighed(layer)
+    given = (ObjectiveConfig(name=name), salience, TWO_OF_FOUR, layer, DAMPING)
+    expected = with_gradients([build_objective(*given)])(at.R1, at.R2)
+    objective = build_objective(*given, batches=batches)
+    of_batches = [with_gradients([objective])(at.R1, at.R2, torch.tensor([i])) for i in range(batches)]
+    assert len({float(loss) for loss, *_ in of_batches}) == batches
+    for found, whole in zip(zip(*of_batches, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.stack(found).mean(0), whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(objective(at.R1, at.R2), expected[0], rtol=1e-12, atol=0)
+
+
+def test_a_batch_costs_its_part_of_the_products() -> None:
+    at, layer = random_rotation(), problem()
+    given = (ObjectiveConfig(), "wanda", TWO_OF_FOUR, layer, DAMPING)
+    counted = []
+    for batches in (1, 2):
+        objective = with_gradients([build_objective(*given, batches=batches)])
+        with FlopCounterMode(display=False) as counter:
+            objective(at.R1, at.R2, torch.tensor([0]) if batches > 1 else None)
+        counted.append(counter.get_total_flops())
+    assert counted[1] < 0.65 * counted[0]  # v and the moments are read whole
+
+
+@pytest.mark.parametrize("batches", [5, 7])
+def test_batches_that_do_not_divide_the_outputs_are_refused(batches: int) -> None:
+    require_batches(2, SIZES)
+    with pytest.raises(ValueError, match=rf"^optimizer.batches={batches} does not divide the outputs .*24, 48, 24"):
+        require_batches(batches, SIZES)
 
 
 @by_salience

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,25 @@ by_name = pytest.mark.parametrize("name", OPTIMIZERS)
 def distance_to(target: Rotation, *, nan_away_from_start: bool = False) -> ObjectiveWithGradients:
     """Squared distance of both rotations to the target's; optionally NaN anywhere but at the identity."""
 
-    def objective(R1: Tensor, R2: Tensor) -> Tensor:
+    def objective(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> Tensor:
         distance = (R1 - target.R1).square().sum() + (R2 - target.R2).square().sum()
         is_away = (R1 - torch.eye(len(R1))).abs().max() > 1e-6
         return distance * torch.where(is_away & nan_away_from_start, torch.nan, 1.0)
 
     return with_gradients([objective])
+
+
+def distance_to_all(targets: Sequence[Rotation], seen: list[int]) -> ObjectiveWithGradients:
+    """Mean of the squared distances to the targets, each of which is a batch; `seen` gets the numbers asked for."""
+
+    def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(-1 if batch is None else int(batch))
+        number = slice(None) if batch is None else slice(int(batch), int(batch) + 1)
+        of_targets = [distance_to(at)(R1, R2) for at in targets[number]]
+        loss, G1, G2 = (torch.stack(found).mean(0) for found in zip(*of_targets, strict=True))
+        return loss, G1, G2
+
+    return evaluate
 
 
 def far_target() -> Rotation:
@@ -75,6 +89,32 @@ def test_the_best_iterate_is_kept_and_not_the_last(name: str) -> None:
     assert found == pytest.approx(trained.objective_after, rel=1e-5)
     assert trained.rotation.R1.dtype is trained.rotation.R2.dtype is torch.float32
     assert trained.orthogonality == trained.rotation.orthogonality() < ORTHOGONALITY_LIMIT
+
+
+@by_name
+def test_each_step_sees_the_next_batch_and_the_history_what_was_seen_of_all(name: str) -> None:
+    targets, seen = (
+        [Rotation.random(SIZES, torch.Generator().manual_seed(i)).to(dtype=torch.float32) for i in (0, 1)],
+        [],
+    )
+    objective = distance_to_all(targets, seen)
+    trained = train_rotation(objective, START, settings(name, steps=5, batches=2))
+    assert seen == [1, 0, 1, 0, 1, 0, 1]
+    assert trained.objective_before == pytest.approx(float(objective(START.R1, START.R2)[0]), rel=1e-6)
+    first = float(distance_to(targets[0])(START.R1, START.R2)[0])
+    of_second = 2 * trained.history[1] - first  # after one step the other batch has been seen again, at its end
+    assert of_second < 2 * trained.objective_before - first
+
+
+@by_name
+def test_batches_in_turn_lead_where_the_whole_objective_does(name: str) -> None:
+    planes = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    near = [torch.linalg.matrix_exp(angle * (planes - planes.mT)) for angle in (0.04, 0.06)]
+    objective = distance_to_all([Rotation(R1, START.R2) for R1 in near], [])
+    whole, in_turn = (train_rotation(objective, START, settings(name, steps=200, batches=n)) for n in (1, 2))
+    reached = [float(objective(found.rotation.R1, found.rotation.R2)[0]) for found in (whole, in_turn)]
+    assert reached[1] < reached[0] + 0.05 * (whole.objective_before - reached[0])
+    assert in_turn.objective_after == pytest.approx(reached[1], rel=0.05)
 
 
 @by_name
@@ -121,7 +161,7 @@ def test_coarser_products_still_return_a_rotation_that_is_orthogonal_to_float32(
 def test_several_layers_share_r1_and_train_each_its_own_r2() -> None:
     targets = [Rotation.random(SIZES, torch.Generator().manual_seed(seed)).to(dtype=torch.float32) for seed in (0, 1)]
     near = [torch.linalg.matrix_exp(0.1 * (t.R2 - t.R2.mT)) for t in targets]
-    objectives = [lambda R1, R2, target=target: (R2 - target).square().sum() + 0 * R1.sum() for target in near]
+    objectives = [lambda R1, R2, _, target=target: (R2 - target).square().sum() + 0 * R1.sum() for target in near]
     start = Rotation(START.R1, START.R2.repeat(2, 1, 1))
     trained = train_rotation(with_gradients(objectives), start, settings(steps=200))
     assert trained.rotation.R2.shape == (4, 4, 4)
@@ -148,7 +188,7 @@ def test_an_invertible_map_is_trained_beside_an_orthogonal_r1(name: str) -> None
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @by_name
 def test_an_objective_that_is_not_finite_at_the_start_is_an_error(name: str, value: float) -> None:
-    broken = with_gradients([lambda R1, R2: value * (R1.sum() + R2.sum())])
+    broken = with_gradients([lambda R1, R2, _: value * (R1.sum() + R2.sum())])
     with pytest.raises(RuntimeError, match=f"not finite before the first step.*{value}"):
         train_rotation(broken, START, settings(name))
 

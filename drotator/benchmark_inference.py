@@ -133,7 +133,7 @@ class Prefill:
     name: str
     hidden: Tensor
     kwargs: dict[str, Any] = field(repr=False)
-    modes = ("",)
+    modes = ("", "graph")
 
     @classmethod
     def of(cls, bench: Bench, source: ModelSource, batch_size: int) -> Prefill:

@@ -28,7 +28,7 @@ from drotator.config import EvalConfig, ModelConfig, PruneConfig, describe
 from drotator.distributed import ALONE, World
 from drotator.measurement import Bench, Timing, duration, time_call, wall_seconds
 from drotator.memory import plan_memory
-from drotator.objectives import INPUT_OF, LayerProblem, chosen_salience
+from drotator.objectives import INPUT_OF, LayerProblem, chosen_salience, require_batches
 from drotator.offload import Batches
 from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
@@ -55,6 +55,7 @@ def check_pruning(bench: Bench) -> None:
     source = bench.source
     for name in objectives(bench):
         settings_of(bench, name)
+    require_batches(bench.settings.optimizer.batches, source.sizes)
     for inputs, names in source.spec.inputs.items():
         for name in names:
             validate(bench.settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
@@ -136,9 +137,10 @@ def bench_steps(bench: Bench, folder: Path) -> None:
             paper = time_paper(bench, problem).milliseconds
         timing, set_up = time_step(problem, settings, given.bench.steps, device, bench.world)
         reads_moments = chosen_salience(settings.objective, settings.pruner.name) != "magnitude"
-        work = bounds.rotation_step(sizes, reads_moments=reads_moments)
+        batches = given.optimizer.batches
+        work = bounds.rotation_step(sizes, reads_moments=reads_moments, batches=batches)
         row = bench.add(
-            f"rotation step, {name}, {given.optimizer.name}",
+            f"rotation step, {name}, {given.optimizer.name}{f', 1 of {batches} batches' if batches > 1 else ''}",
             timing,
             work,
             objective=name,
@@ -317,7 +319,8 @@ def bench_pipeline(bench: Bench, folder: Path) -> None:
         "load": Work(bytes=bounds.layer_bytes(sizes)),
         "calibrate": bounds.moments_of_layer(sizes, tokens)
         + bounds.forward(sizes, calibrated.num_samples, calibrated.seqlen),
-        "rotate": bounds.rotation_step(sizes) * (given.optimizer.steps if is_rotated else 0),
+        "rotate": bounds.rotation_step(sizes, batches=given.optimizer.batches)
+        * (given.optimizer.steps if is_rotated else 0),
         "prune": Work() if given.pruner.name == "none" else bounds.pruning(sizes, given.pruner),
     }
     peak = max(layer.peak_memory_bytes["device" if device.type == "cuda" else "host"] for layer in report.layers)

@@ -89,14 +89,16 @@ def head_products(sizes: LayerSizes) -> float:
     return 6.0 * h * both + 2.0 * queries**2 * h
 
 
-def rotation_step(sizes: LayerSizes, *, reads_moments: bool = True) -> Work:
+def rotation_step(sizes: LayerSizes, *, reads_moments: bool = True, batches: int = 1) -> Work:
     """Loss and gradients of one layer at one pair of rotations.
 
     Args:
         reads_moments: the importance looks at the inputs.
+        batches: one of so many parts of the outputs is looked at.
     """
-    operations = weight_products(sizes) + head_products(sizes) + (moment_products(sizes) if reads_moments else 0)
-    return Work(bfloat16=operations, bytes=2.0 * num_weights(sizes))
+    of_weights = (weight_products(sizes) + head_products(sizes)) / batches
+    operations = of_weights + (moment_products(sizes) if reads_moments else 0)
+    return Work(bfloat16=operations, bytes=2.0 * num_weights(sizes) / batches)
 
 
 def retraction(sizes: LayerSizes) -> Work:

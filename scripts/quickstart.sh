@@ -6,7 +6,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Few steps and questions for two cores; more is a word away: scripts/quickstart.sh optimizer.steps=200 eval.limit=100
-settings=(optimizer.steps=12 eval.limit=10)
+settings=(optimizer.steps=20 optimizer.batches=2 eval.limit=10)
 
 "$root/scripts/install.sh"
 exec "${DROTATOR_VENV:-$root/.venv}/bin/drotator" prune ${settings[@]+"${settings[@]}"} "$@"

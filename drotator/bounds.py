@@ -102,7 +102,7 @@ def rotation_step(sizes: LayerSizes, *, reads_moments: bool = True, batches: int
 
 
 def retraction(sizes: LayerSizes) -> Work:
-    """R (I - U) and one Newton-Schulz step: 6 d^3, of which R^T R asks for more digits than bfloat16 has."""
+    """R (I - U) and one Newton-Schulz step: 6 d^3, of which R R^T asks for more digits than bfloat16 has."""
     cube = float(sizes.hidden_size**3)
     return Work(bfloat16=4 * cube, tf32=2 * cube, bytes=12.0 * sizes.hidden_size**2)
 

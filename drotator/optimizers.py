@@ -17,6 +17,7 @@ from torch import Tensor
 from drotator.graphs import fused
 from drotator.resources import product
 from drotator.rotation import eye_like, inverse_transpose
+from drotator.symmetric_kernel import add_product
 
 MAX_STEP = 0.7
 """Largest |U|_2 of a step R <- R - R U, inside the basin of the retraction."""
@@ -56,11 +57,12 @@ class RotationOptimizer(Protocol):
 class Group:
     """A group of matrices: which directions U lead along it from R, and where a step R <- R - R U ends.
 
-    project: the nearest direction to A, (..., n, n). step: (R, U, size, products) -> the next R, for |U|_2 <= size <=
-        MAX_STEP.
+    project: the nearest direction to A, (..., n, n). symmetry: -1 where directions are skew, else 0. step: (R, U, size,
+        products) -> the next R, for |U|_2 <= size <= MAX_STEP.
     """
 
     project: Callable[[Tensor], Tensor]
+    symmetry: int
     step: Callable[[Tensor, Tensor, float, Products], Tensor]
 
 
@@ -207,7 +209,8 @@ def step_of_spectral(
     average.lerp_(omega / size, 1 - momentum)
     largest = min(math.tan(min(learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
     turn = cosine(learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)
-    R.copy_(group.step(R, turn * matrix_sign(average, products), largest * SIGN_LIMIT, products))
+    U = turn * matrix_sign(average, products, group.symmetry)
+    R.copy_(group.step(R, U, largest * SIGN_LIMIT, products))
 
 
 OPTIMIZERS: dict[str, Callable[..., RotationOptimizer]] = {
@@ -222,12 +225,12 @@ def retract(R: Tensor, U: Tensor, size: float, products: Products = None) -> Ten
     """Return R - R U, (..., n, n), for a skew U made orthogonal: the singular values of I - U are sqrt(1 + |U|^2).
 
     Of cubic Newton-Schulz steps, each of which turns an error e of a singular value into 3/2 e^2, as many are taken as
-    a U of that size needs to leave no more than DRIFT. Of the products only R^T R needs many digits.
+    a U of that size needs to leave no more than DRIFT. Of the products only R R^T needs many digits.
     """
     R = R - rounded_product(R, U, products)
     error = math.sqrt(1 + size**2) - 1
     while error > DRIFT / 2:
-        R = R + 0.5 * rounded_product(R, eye_like(R) - R.mT @ R, products)
+        R = R + 0.5 * rounded_product(eye_like(R) - add_product(R, R.mT, 1), R, products)
         error = 1.5 * error**2
     return R
 
@@ -270,8 +273,8 @@ def cosine(start: float, progress: Tensor) -> Tensor:
     return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-def matrix_sign(A: Tensor, products: Products = None) -> Tensor:
-    """Approximate polar factor of (..., n, n), by odd quintic polynomials.
+def matrix_sign(A: Tensor, products: Products = None, symmetry: int = 0) -> Tensor:
+    """Approximate polar factor of (..., n, n), by odd quintic polynomials. symmetry: -1 if A is skew, else 0.
 
     They bring singular values from SMALLEST to 1 of A, over a bound of its largest, within SIGN_LIMIT of 1 on both
     sides, and lift smaller ones by as much. Odd polynomials keep a skew matrix skew. The bound is the Schatten 8-norm,
@@ -279,20 +282,19 @@ def matrix_sign(A: Tensor, products: Products = None) -> Tensor:
     norm, so that fewer steps do. Source: Muon (Jordan et al., 2024) for the form of the steps.
     """
     X = rounded(A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny), products)
-    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     for step, (a, b, c) in enumerate(QUINTICS):
-        gram = X @ X.mT
+        gram = add_product(X, X.mT, 1)
         if step == 0:
-            square = gram @ gram
+            square = add_product(gram, gram, 1)
             bound = torch.linalg.matrix_norm(square, keepdim=True).float() ** 0.25
             scale = torch.exp2(-bound.clamp_min(1e-3).log2().ceil()).to(X.dtype)  # exact in any format
             X, gram, square = X * scale, gram * scale**2, square * scale**4
             of_gram = torch.add(b * gram, square, alpha=c)
         else:
-            of_gram = add_product(gram, gram, gram, beta=b, alpha=c)
-        X = add_product(X, of_gram, X, beta=a)
+            of_gram = add_product(gram, gram, 1, gram, beta=b, alpha=c)
+        X = add_product(of_gram, X, symmetry, X, beta=a)
     return X.to(A.dtype)
 
 
-GROUPS = {"orthogonal": Group(skew, retract), "invertible": Group(lambda A: A, stretch)}
+GROUPS = {"orthogonal": Group(skew, -1, retract), "invertible": Group(lambda A: A, 0, stretch)}
 """By the name of the map."""

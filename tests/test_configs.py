@@ -25,7 +25,7 @@ OPTIONS = {
     "pruner": "magnitude wanda sparsegpt admm none",
     "sparsity": "50 60 70 2of4 4of8",
     "rotation": "per_layer shared none",
-    "objective": "entropy pruning_error",
+    "objective": "auto entropy pruning_error",
     "optimizer": "adam_qr riemannian_adam spectral",
     "reconstruct": "none block",
     "calibration": "auto c4 wikitext2 local embedded",
@@ -192,6 +192,18 @@ def test_boundaries_stand_where_r1_changes(given: dict[str, Any], boundaries: li
 def test_numbers_out_of_range_are_refused_with_what_is_allowed(schema: Any, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
         schema(**wrong)
+
+
+@pytest.mark.parametrize("sparsity", ["2of4", "4of8", "50", "60"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "admm"])
+def test_the_objective_goes_with_pruner_and_sparsity_unless_it_is_named(pruner: str, sparsity: str) -> None:
+    words = (f"pruner={pruner}", f"sparsity='{sparsity}'")
+    found = settings_of("prune", *words).objective
+    is_entropy = pruner == "magnitude" and "of" in sparsity
+    assert found == config.ObjectiveConfig(name="entropy" if is_entropy else "pruning_error")
+    for name in ("entropy", "pruning_error"):
+        assert settings_of("prune", *words, f"objective={name}").objective.name == name
+    assert settings_of("prune", "pruner=magnitude", "sparsity.ratio=0.55").objective.name == "pruning_error"
 
 
 @pytest.mark.parametrize("verb", ["check", "fetch", "prune"])

@@ -26,6 +26,8 @@ tl: Any = import_module("triton.language") if triton else None
 
 logger = logging.getLogger(__name__)
 
+Stride = int  # Triton compiles for a stride of 1 where an argument is not declared as an int by that name
+
 SMALLEST = 2048
 """n from which on half the tiles are enough to keep a GPU busy."""
 CAPABILITY = (9, 0)
@@ -133,10 +135,10 @@ def _multiply_tile(
     D: tl.tensor | None,  # (n, n), its rows contiguous
     C: tl.tensor,  # (n, n), its rows contiguous, out
     n: int,
-    row_of_A: int,  # strides: from one row to the next
-    column_of_A: int,
-    row_of_B: int,
-    column_of_B: int,
+    row_of_A: Stride,  # strides: from one row to the next
+    column_of_A: Stride,
+    row_of_B: Stride,
+    column_of_B: Stride,
     alpha: float,
     beta: float,
     symmetry: float,

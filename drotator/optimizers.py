@@ -230,7 +230,7 @@ def retract(R: Tensor, U: Tensor, size: float, products: Products = None) -> Ten
     R = R - rounded_product(R, U, products)
     error = math.sqrt(1 + size**2) - 1
     while error > DRIFT / 2:
-        R = R + 0.5 * rounded_product(eye_like(R) - add_product(R, R.mT, 1), R, products)
+        R = R + 0.5 * rounded_product(eye_like(R) - R @ R.mT, R, products)
         error = 1.5 * error**2
     return R
 

@@ -26,15 +26,13 @@ tl: Any = import_module("triton.language") if triton else None
 
 logger = logging.getLogger(__name__)
 
-Stride = int  # Triton compiles for a stride of 1 where an argument is not declared as an int by that name
-
 SMALLEST = 2048
 """n from which on half the tiles are enough to keep a GPU busy."""
 CAPABILITY = (9, 0)
 """Of GPUs whose shared memory holds the stages."""
 TILE = 128
-DEPTH = {torch.bfloat16: 64, torch.float32: 32}
-"""Columns of A that are loaded at a time, 128 bytes, by the dtypes there are."""
+DEPTH = 64
+"""Columns of A that are loaded at a time, 128 bytes."""
 ROWS_TOGETHER = 8  # rows of tiles whose programs run at the same time and find each other's columns in the L2 cache
 FAILURES = (
     ImportError,
@@ -65,7 +63,7 @@ def add_product(
 
 def is_available(A: Tensor) -> bool:
     """Tell whether the kernel multiplies matrices such as A."""
-    fits = A.ndim == 2 and A.dtype in DEPTH and A.shape[-1] >= SMALLEST and A.shape[-1] % TILE == 0
+    fits = A.ndim == 2 and A.dtype == torch.bfloat16 and A.shape[-1] >= SMALLEST and A.shape[-1] % TILE == 0
     return A.is_cuda and fits and triton is not None
 
 
@@ -83,8 +81,7 @@ def _whole_product(A: Tensor, B: Tensor, D: Tensor | None, beta: float, alpha: f
     schema="(Tensor A, Tensor B, Tensor? D, int symmetry, float beta, float alpha) -> Tensor",
 )
 def _half_product(A: Tensor, B: Tensor, D: Tensor | None, symmetry: int, beta: float, alpha: float) -> Tensor:
-    is_exact = A.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if is_exact or not _runs_on(A.device):
+    if not _runs_on(A.device):
         return _whole_product(A, B, D, beta, alpha)
     return multiply(A, B, D, symmetry, beta, alpha)
 
@@ -112,15 +109,15 @@ def multiply(A: Tensor, B: Tensor, D: Tensor | None, symmetry: int, beta: float,
     """Return alpha A B + beta D, (n, n), of which is known that it equals symmetry times its transpose.
 
     Args:
-        A, B: (n, n) bfloat16, or float32 to be rounded to TF32, n a multiple of TILE; fastest with the rows of A and
-            the columns of B contiguous.
+        A, B: (n, n) bfloat16, n a multiple of TILE; fastest with the rows of A and the columns of B contiguous.
+            (float32 is rounded to TF32, and less well than by cuBLAS: by truncation.)
         D: (n, n) of the same dtype, as symmetric; only its lower triangle counts.
     """
     n = len(A)
     C = torch.empty((n, n), device=A.device, dtype=A.dtype)
     num_rows = n // TILE
     strides = (*A.stride(), *B.stride())
-    sizes = (TILE, DEPTH[A.dtype], ROWS_TOGETHER)
+    sizes = (TILE, DEPTH, ROWS_TOGETHER)
     D = None if D is None else D.contiguous()
     with torch.cuda.device_of(A):  # Triton launches on the current device, whatever the tensors' own is
         _kernel[(num_rows * (num_rows + 1) // 2,)](
@@ -135,10 +132,10 @@ def _multiply_tile(
     D: tl.tensor | None,  # (n, n), its rows contiguous
     C: tl.tensor,  # (n, n), its rows contiguous, out
     n: int,
-    row_of_A: Stride,  # strides: from one row to the next
-    column_of_A: Stride,
-    row_of_B: Stride,
-    column_of_B: Stride,
+    row_of_A: tl.tensor,  # strides, integers: of what is declared as int Triton does not see that it is 1
+    column_of_A: tl.tensor,
+    row_of_B: tl.tensor,
+    column_of_B: tl.tensor,
     alpha: float,
     beta: float,
     symmetry: float,

@@ -133,7 +133,8 @@ class RiemannianAdam:
 
     def update(self, G: Tensor, progress: Tensor) -> None:
         step, state = fused(step_of_adam, self.R), (self.R, self.first, self.second, self.step)
-        step(*state, G, progress, self.learning_rate, self.betas, self.value_map, self.products)
+        omega = direction(self.R, G, self.value_map, self.products)
+        step(*state, omega, progress, self.learning_rate, self.betas, self.value_map, self.products)
 
 
 class Spectral:
@@ -165,8 +166,14 @@ class Spectral:
         return self.R
 
     def update(self, G: Tensor, progress: Tensor) -> None:
-        step = fused(step_of_spectral, self.R)
-        step(self.R, self.average, G, progress, self.learning_rate, self.momentum, self.value_map, self.products)
+        step, omega = fused(step_of_spectral, self.R), direction(self.R, G, self.value_map, self.products)
+        step(self.R, self.average, omega, progress, self.learning_rate, self.momentum, self.value_map, self.products)
+
+
+def direction(R: Tensor, G: Tensor, value_map: str, products: Products) -> Tensor:
+    """The gradient in the body frame, (..., n, n). Compiled with a step, which reads it often, it would be made anew
+    each time, from A and from A^T."""
+    return GROUPS[value_map].project(rounded_product(R.mT, G, products))
 
 
 def step_of_adam(
@@ -174,7 +181,7 @@ def step_of_adam(
     first: Tensor,
     second: Tensor,
     num_steps: Tensor,
-    G: Tensor,
+    omega: Tensor,
     progress: Tensor,
     learning_rate: float,
     betas: tuple[float, float],
@@ -184,10 +191,9 @@ def step_of_adam(
     """The step of RiemannianAdam, in place."""
     group, (beta1, beta2) = GROUPS[value_map], betas
     num_steps.add_(1)
-    omega = group.project(rounded_product(R.mT, G, products))
     first.lerp_(omega, 1 - beta1)
     second.lerp_(omega.square(), 1 - beta2)
-    corrected = (second / (1 - beta2**num_steps)).sqrt().clamp_min(torch.finfo(G.dtype).tiny)
+    corrected = (second / (1 - beta2**num_steps)).sqrt().clamp_min(torch.finfo(omega.dtype).tiny)
     U = first / corrected * (cosine(learning_rate, progress) / (1 - beta1**num_steps))
     R.copy_(group.step(R, cut(U, products), MAX_STEP, products))
 
@@ -195,7 +201,7 @@ def step_of_adam(
 def step_of_spectral(
     R: Tensor,
     average: Tensor,
-    G: Tensor,
+    omega: Tensor,
     progress: Tensor,
     learning_rate: float,
     momentum: float,
@@ -204,8 +210,7 @@ def step_of_spectral(
 ) -> None:
     """The step of Spectral, in place."""
     group = GROUPS[value_map]
-    omega = group.project(rounded_product(R.mT, G, products))
-    size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
+    size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(omega.dtype).tiny)
     average.lerp_(omega / size, 1 - momentum)
     largest = min(math.tan(min(learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
     turn = cosine(learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -206,7 +206,7 @@ def _added_up(
     """Gradients by R and by its columns (True), those of the scores times what follows from the score, in one sum."""
     size = len((*of_scores, *of_products)[0][1])
     terms = [(is_part, G * grad) for is_part, G in of_scores] + list(of_products)
-    return torch.stack([columns.spread(G, size) if is_part else G for is_part, G in terms]).sum(0)
+    return reduce(torch.add, [columns.spread(G, size) if is_part else G for is_part, G in terms])
 
 
 class _Scored(torch.autograd.Function):

@@ -90,7 +90,7 @@ def train_rotation(
         is_better = loss < best_loss
         best_loss.copy_(torch.where(is_better, loss, best_loss))
         for new, old in zip(rotations, best, strict=True):
-            old.copy_(torch.where(is_better, new, old))
+            torch.where(is_better, new, old, out=old)
         progress = (step / max(settings.steps, 1)).squeeze()
         for optimizer, gradient, is_learned in zip(optimizers, gradients, learns, strict=True):
             if is_learned:

@@ -22,8 +22,8 @@ from drotator.resources import float32_products, product
 SENSITIVITY_BATCHES = 2
 MOMENT_TOKENS = 4096
 """Tokens of one product: the tensor cores' sums stay short, and so does a float32 copy of them."""
-MOMENT_ROWS = 2048
-"""Rows of H that one product of 16-bit inputs adds to."""
+MOMENT_ROWS, MOMENT_ROWS_OF_CPU = 2048, 256
+"""Rows of H that one product adds to, on a GPU for 16-bit inputs."""
 
 
 @dataclass
@@ -162,19 +162,28 @@ def add_moments(H: Tensor, x: Tensor) -> None:
     A GPU multiplies 16-bit inputs on its tensor cores. That is worth half the work: only the blocks from the diagonal
     on are added to, and `mirror` fills in the others at the end.
     """
+    step = moment_rows(H)
     for tokens in x.split(MOMENT_TOKENS):
-        if x.dtype == torch.float32:
+        if x.is_cuda and x.dtype == torch.float32:
             H.addmm_(tokens.mT, tokens)
-        else:
-            for start in range(0, len(H), MOMENT_ROWS):
-                rows = slice(start, start + MOMENT_ROWS)
+            continue
+        for start in range(0, len(H), step):
+            rows = slice(start, start + step)
+            if x.dtype == torch.float32:
+                H[rows, start:].addmm_(tokens[:, rows].mT, tokens[:, start:])
+            else:
                 H[rows, start:].add_(product(tokens[:, rows], tokens[:, start:]))
+
+
+def moment_rows(H: Tensor) -> int:
+    return MOMENT_ROWS if H.is_cuda else MOMENT_ROWS_OF_CPU
 
 
 def mirror(H: Tensor) -> None:
     """Copy what `add_moments` left out from the other side of the diagonal."""
-    for start in range(MOMENT_ROWS, len(H), MOMENT_ROWS):
-        H[start:, start - MOMENT_ROWS : start] = H[start - MOMENT_ROWS : start, start:].mT
+    step = moment_rows(H)
+    for start in range(step, len(H), step):
+        H[start:, start - step : start] = H[start - step : start, start:].mT
 
 
 @torch.no_grad()

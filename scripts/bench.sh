@@ -15,9 +15,12 @@ run() { # name of the run's folder, then its overrides
 }
 
 steps=('bench.objectives=[entropy,pruning_error]' bench.paper=true)
+half=('bench.objectives=[entropy,pruning_error]' optimizer.batches=2 optimizer.steps=100 bench.layers=0)
 run llama3-8b model=llama3-8b "${steps[@]}" "$@"
-run llama3-8b-inference kind=inference model=llama3-8b "$@"
-run llama3-70b model=llama3-70b "${steps[@]}" bench.layers=1 "$@"
+run llama3-8b-batches model=llama3-8b "${half[@]}" "$@"
+run llama3-8b-inference kind=inference model=llama3-8b bench.compile=true "$@"
+run llama3-70b model=llama3-70b "${steps[@]}" bench.layers=1 offload=host "$@"
+run llama3-70b-batches model=llama3-70b "${half[@]}" "$@"
 
 # A run that was stopped has left what it measured.
 "${PYTHON:-python3}" - "$folder" <<'MERGE'

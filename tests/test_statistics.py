@@ -153,6 +153,7 @@ def test_moments_of_any_dtype_have_float32_products_and_sums(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "MOMENT_ROWS", 24)
+    monkeypatch.setattr(statistics, "MOMENT_ROWS_OF_CPU", 24)
     monkeypatch.setattr(statistics, "MOMENT_TOKENS", 300)
     x = (torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) + 1).to(device, dtype)
     H = torch.zeros(64, 64, device=device)

@@ -283,10 +283,7 @@ def build_objective(
         half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
 
-    def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> Tensor:
-        if batch is None and batches > 1:
-            numbers = torch.arange(batches, device=R1.device)
-            return torch.stack([evaluate(R1, R2, number) for number in numbers.split(1)]).mean()
+    def evaluate_batch(R1: Tensor, R2: Tensor, batch: Tensor | None) -> Tensor:
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
         of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
         attention_energy, mlp_energy, heads = energy("attention", R1), energy("mlp", R1), R2
@@ -312,6 +309,12 @@ def build_objective(
             whole.append(importance_score(world.own(T, 1), E, by_output))
             whole.append(importance_score(world.own(T), None if E is None else world.own(E), by_input))
         return batches * score + torch.stack(whole).sum()
+
+    def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> Tensor:
+        if batch is not None or batches == 1:
+            return evaluate_batch(R1, R2, batch)
+        numbers = torch.arange(batches, device=R1.device)
+        return torch.stack([evaluate_batch(R1, R2, number) for number in numbers.split(1)]).mean()
 
     return evaluate
 

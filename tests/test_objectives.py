@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -191,6 +193,22 @@ def test_the_mean_of_its_batches_is_the_objective_and_so_are_the_gradients(
     for found, whole in zip(zip(*of_batches, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.stack(found).mean(0), whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(objective(at.R1, at.R2), expected[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_objective_lets_go_of_its_weights_when_it_is_dropped(batches: int) -> None:
+    """A large layer's weights cannot wait for the collector of cycles."""
+    given = (ObjectiveConfig(), "wanda", TWO_OF_FOUR, problem(), DAMPING)
+    objective = build_objective(*given, batches=batches)
+    dropped = weakref.ref(objective)
+    at = random_rotation()
+    with_gradients([objective])(at.R1, at.R2)
+    gc.disable()
+    try:
+        del objective
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_a_batch_costs_its_part_of_the_products() -> None:

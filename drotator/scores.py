@@ -179,8 +179,8 @@ def _score_of_parts(
     num_inputs, num_outputs = len(W), rotation.shape[1] if weight.writes else W.shape[1]
     total = torch.zeros((), dtype=wide, device=W.device)
     of_energy = torch.zeros(num_inputs, dtype=wide, device=W.device)
-    G: Tensor | None = None
     num_parts = math.ceil(num_inputs * num_outputs / PART)
+    G = None if num_parts == 1 else torch.zeros(rotation.shape, dtype=wide, device=W.device)
     whole = torch.arange(num_inputs if weight.by_input else num_outputs)
     for part in whole.tensor_split(num_parts) if num_parts else ():
         span = slice(int(part[0]), int(part[-1]) + 1)
@@ -190,11 +190,11 @@ def _score_of_parts(
         total += value
         of_energy[rows] += found
         of_part = product(W[rows], D) if weight.writes else product(W[:, columns].mT, D.mT)
-        if num_parts == 1:
+        if G is None:
             return total, of_part, of_energy
-        G = torch.zeros(rotation.shape, dtype=wide, device=W.device) if G is None else G
-        (G[:, columns] if weight.writes else G[:, rows]).add_(of_part)
-    return total, torch.zeros(rotation.shape, dtype=wide, device=W.device) if G is None else G, of_energy
+        G[:, columns if weight.writes else rows] += of_part
+    assert G is not None
+    return total, G, of_energy
 
 
 def _added_up(

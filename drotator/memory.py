@@ -24,7 +24,7 @@ from drotator.statistics import MOMENT_ROWS
 MARGIN = 1.05
 WORKSPACE = 500_000_000
 """What the libraries of a GPU take beside tensors, and the process beside them on the host."""
-LEARNING = (16, 7)
+LEARNING = (14, 7)
 """Float32 matrices of the size of R1 that live in a step (of the optimizer, the gradients, the best iterate, value and
 output), and of the size of the part of the weights that is scored at once."""
 PRUNING = {"magnitude": (1, 5, 8), "wanda": (1, 5, 8), "sparsegpt": (3, 5, 10), "admm": (7, 9, 16), "none": (1, 5, 6)}

@@ -68,7 +68,7 @@ class Algorithm:
     split_k_mode: int = -1
 
     def __str__(self) -> str:
-        return f"{self.number}" if self.split_k == 1 else f"{self.number} in {self.split_k} parts"
+        return f"{self.number}" if self.split_k <= 1 else f"{self.number} in {self.split_k} parts"
 
 
 DEFAULT = Algorithm()

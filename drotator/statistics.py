@@ -159,8 +159,8 @@ class _CollectedError(Exception):
 def add_moments(H: Tensor, x: Tensor) -> None:
     """Add x^T x to H, (n, n) float32; x: (tokens, n).
 
-    A GPU multiplies 16-bit inputs on its tensor cores. That is worth half the work: only the blocks from the diagonal
-    on are added to, and `mirror` fills in the others at the end.
+    A GPU multiplies 16-bit inputs on its tensor cores. There, and on a CPU, half the work is enough: only the blocks
+    from the diagonal on are added to, and `mirror` fills in the others at the end.
     """
     step = moment_rows(H)
     for tokens in x.split(MOMENT_TOKENS):

@@ -10,21 +10,13 @@ Legend: n = the size of the matrices; a tile is (TILE, TILE), and triangle(t) = 
 
 from __future__ import annotations
 
-import logging
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# By name: torch for CPUs brings no Triton, which is no error.
-triton: Any = import_module("triton") if find_spec("triton") else None
-tl: Any = import_module("triton.language") if triton else None
-
-logger = logging.getLogger(__name__)
+from drotator.triton_support import tl, triton, works
 
 SMALLEST = 2048
 """n from which on half the tiles are enough to keep a GPU busy."""
@@ -34,13 +26,6 @@ TILE = 128
 DEPTH = 64
 """Columns of A that are loaded at a time, 128 bytes."""
 ROWS_TOGETHER = 8  # rows of tiles whose programs run at the same time and find each other's columns in the L2 cache
-FAILURES = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    SubprocessError,
-    *([triton.runtime.errors.TritonError] if triton else []),
-)
 LAUNCH = {"num_warps": 8, "num_stages": 3}  # registers and shared memory for two programs a multiprocessor
 
 
@@ -93,16 +78,10 @@ def _(A: Tensor, *_: object) -> Tensor:
 
 @cache
 def _runs_on(device: torch.device) -> bool:
-    """Try Triton: it compiles with a C compiler and Python's headers, which the node of a cluster may lack."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         return False
     tile = torch.ones(TILE, TILE, device=device, dtype=torch.bfloat16)
-    try:
-        multiply(tile, tile, tile, 1, 1.0, 1.0)
-    except FAILURES as error:
-        logger.warning("Triton does not work on %s, so products take twice as long: %s", device, error)
-        return False
-    return True
+    return works(lambda: multiply(tile, tile, tile, 1, 1.0, 1.0), device, "products take twice as long")
 
 
 def multiply(A: Tensor, B: Tensor, D: Tensor | None, symmetry: int, beta: float, alpha: float) -> Tensor:

@@ -11,24 +11,15 @@ padded to a power of two.
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drotator.config import SparsityConfig
-
-# By name: torch for CPUs brings no Triton, which is no error.
-triton: Any = import_module("triton") if find_spec("triton") else None
-tl: Any = import_module("triton.language") if triton else None
-
-logger = logging.getLogger(__name__)
+from drotator.triton_support import tl, triton, works
 
 MAX_COLUMNS = 256  # of a block, 512 with padding: all that a program's registers hold
 UNGROUPED_PANEL = 8
@@ -44,14 +35,13 @@ def is_available(columns: Tensor, block_size: int) -> bool:
 
 @cache
 def _runs_on(device: torch.device) -> bool:
-    """Try Triton: it compiles with a C compiler and Python's headers, which the node of a cluster may lack."""
     block = torch.ones(1, 1, device=device)
-    try:
-        sweep_block(block, torch.ones_like(block, dtype=torch.bool), block.clone(), block[0].clone(), SparsityConfig())
-    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
-        logger.warning("Triton does not work on %s, so SparseGPT takes many times as long: %s", device, error)
-        return False
-    return True
+    mask = torch.ones_like(block, dtype=torch.bool)
+
+    def trial() -> Tensor:
+        return sweep_block(block, mask, block.clone(), block[0].clone(), SparsityConfig())
+
+    return works(trial, device, "SparseGPT takes many times as long")
 
 
 def sweep_block(block: Tensor, mask: Tensor, factor: Tensor, gain: Tensor, sparsity: SparsityConfig) -> Tensor:

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from drotator.benchmark_inference import check_inference, run_inference
 from drotator.benchmark_pruning import check_pruning, run_pruning
-from drotator.bounds import Peaks
+from drotator.bounds import UNITS, Peaks
 from drotator.config import BenchConfig
 from drotator.console import console
 from drotator.distributed import World
-from drotator.measurement import UNITS, Bench, Row, duration, in_digits, measure_peaks
+from drotator.measurement import Bench, Row, duration, in_digits, measure_peaks
 from drotator.resources import choose_device, device_name
 from drotator.shapes import shapes_of
 

@@ -34,6 +34,7 @@ from drotator.optimizers import OPTIMIZERS, retract
 from drotator.paper_formulation import SALIENCES, STEPS, paper_step
 from drotator.pipeline import run_once
 from drotator.preparation import Job, missing_bytes
+from drotator.products import FLOAT8, choose_products, sixteen_bits
 from drotator.pruners import validate
 from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.pruners.sweep_kernel import is_available
@@ -137,10 +138,11 @@ def bench_steps(bench: Bench, folder: Path) -> None:
             paper = time_paper(bench, problem).milliseconds
         timing, set_up = time_step(problem, settings, given.bench.steps, device, bench.world)
         reads_moments = chosen_salience(settings.objective, settings.pruner.name) != "magnitude"
-        batches = given.optimizer.batches
-        work = bounds.rotation_step(sizes, reads_moments=reads_moments, batches=batches)
+        batches, in_float8 = given.optimizer.batches, problem.products == FLOAT8
+        work = bounds.rotation_step(sizes, reads_moments=reads_moments, batches=batches, in_float8=in_float8)
+        details = [*(["float8"] if in_float8 else []), *([f"1 of {batches} batches"] if batches > 1 else [])]
         row = bench.add(
-            f"rotation step, {name}, {given.optimizer.name}{f', 1 of {batches} batches' if batches > 1 else ''}",
+            ", ".join(["rotation step", name, given.optimizer.name, *details]),
             timing,
             work,
             objective=name,
@@ -213,8 +215,8 @@ def bench_updates(bench: Bench) -> None:
     G, U = (torch.randn(sizes.hidden_size, sizes.hidden_size, generator=generator, device=device) for _ in range(2))
     U = (U - U.mT) * (0.05 / sizes.hidden_size**0.5)
     R = torch.eye(sizes.hidden_size, device=device)
-    is_rounded = device.type == "cuda" and bench.source.dtype.itemsize == 2
-    precision, products = ("high", torch.bfloat16) if is_rounded else ("highest", None)
+    products = sixteen_bits(choose_products(given.optimizer, sizes, bench.source.dtype, device))
+    precision = "highest" if products is None else "high"
     optimizer = OPTIMIZERS[given.optimizer.name](R, given.optimizer.learning_rate, products=products)
     half = torch.full((), 0.5, device=device)
     with torch.no_grad(), float32_products(precision):
@@ -315,11 +317,12 @@ def bench_pipeline(bench: Bench, folder: Path) -> None:
     calibrated = given.calibration
     tokens = calibrated.num_samples * calibrated.seqlen
     is_rotated = given.rotation.name != "none"
+    in_float8 = choose_products(given.optimizer, sizes, source.dtype, device) == FLOAT8
     least = {
         "load": Work(bytes=bounds.layer_bytes(sizes)),
         "calibrate": bounds.moments_of_layer(sizes, tokens)
         + bounds.forward(sizes, calibrated.num_samples, calibrated.seqlen),
-        "rotate": bounds.rotation_step(sizes, batches=given.optimizer.batches)
+        "rotate": bounds.rotation_step(sizes, batches=given.optimizer.batches, in_float8=in_float8)
         * (given.optimizer.steps if is_rotated else 0),
         "prune": Work() if given.pruner.name == "none" else bounds.pruning(sizes, given.pruner),
     }

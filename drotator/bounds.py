@@ -16,6 +16,9 @@ from drotator.config import PrunerConfig
 Peaks = Mapping[str, float]
 """Field of `Work` -> operations, or bytes, a second."""
 
+UNITS = {"float8": "float8", "bfloat16": "bfloat16", "tf32": "TF32", "float32": "float32"}
+"""Field of `Work` that counts operations -> its name in words."""
+
 INPUTS = ("attention", "output", "mlp", "down")
 """Keys of LayerSpec.inputs."""
 
@@ -27,6 +30,7 @@ SPARSE_SIZE = 9 / 16
 class Work:
     """Operations by the unit that can do them, and bytes through the device's memory."""
 
+    float8: float = 0.0
     bfloat16: float = 0.0
     tf32: float = 0.0
     float32: float = 0.0
@@ -40,7 +44,7 @@ class Work:
 
     @property
     def operations(self) -> float:
-        return self.bfloat16 + self.tf32 + self.float32
+        return sum(getattr(self, unit) for unit in UNITS)
 
     def seconds(self, peaks: Peaks) -> float:
         """The longer of computing (units one after another) and moving bytes."""
@@ -50,7 +54,7 @@ class Work:
         return self._computing(peaks) >= self.bytes / peaks["bytes"]
 
     def _computing(self, peaks: Peaks) -> float:
-        return sum(getattr(self, unit) / peaks[unit] for unit in ("bfloat16", "tf32", "float32"))
+        return sum(getattr(self, unit) / peaks[unit] for unit in UNITS)
 
 
 def linear_shapes(sizes: LayerSizes) -> dict[str, tuple[int, int]]:
@@ -77,6 +81,12 @@ def weight_products(sizes: LayerSizes) -> float:
     return 4.0 * sizes.hidden_size * num_weights(sizes)
 
 
+def products_of_heads(sizes: LayerSizes) -> float:
+    """Those of `weight_products` that R2 turns too, of value and output."""
+    shapes = linear_shapes(sizes)
+    return 4.0 * sizes.hidden_size * sum(d_out * d_in for d_out, d_in in (shapes["value"], shapes["output"]))
+
+
 def moment_products(sizes: LayerSizes) -> float:
     """Operations of H R1 for the inputs of attention and of the MLP."""
     return 2 * 2.0 * sizes.hidden_size**3
@@ -89,22 +99,23 @@ def head_products(sizes: LayerSizes) -> float:
     return 6.0 * h * both + 2.0 * queries**2 * h
 
 
-def rotation_step(sizes: LayerSizes, *, reads_moments: bool = True, batches: int = 1) -> Work:
+def rotation_step(sizes: LayerSizes, *, reads_moments: bool = True, batches: int = 1, in_float8: bool = False) -> Work:
     """Loss and gradients of one layer at one pair of rotations.
 
     Args:
         reads_moments: the importance looks at the inputs.
         batches: one of so many parts of the outputs is looked at.
+        in_float8: products with the weights that R1 alone turns are in 8 bits.
     """
     of_weights = (weight_products(sizes) + head_products(sizes)) / batches
-    operations = of_weights + (moment_products(sizes) if reads_moments else 0)
-    return Work(bfloat16=operations, bytes=2.0 * num_weights(sizes) / batches)
+    in_8 = (weight_products(sizes) - products_of_heads(sizes)) / batches if in_float8 else 0.0
+    operations = of_weights - in_8 + (moment_products(sizes) if reads_moments else 0)
+    return Work(float8=in_8, bfloat16=operations, bytes=2.0 * num_weights(sizes) / batches)
 
 
 def retraction(sizes: LayerSizes) -> Work:
-    """R (I - U) and one Newton-Schulz step: 6 d^3, of which R R^T asks for more digits than bfloat16 has."""
-    cube = float(sizes.hidden_size**3)
-    return Work(bfloat16=4 * cube, tf32=2 * cube, bytes=12.0 * sizes.hidden_size**2)
+    """R (I - U), half of R R^T, which is symmetric, and its product with R: 5 d^3."""
+    return Work(bfloat16=5.0 * sizes.hidden_size**3, bytes=12.0 * sizes.hidden_size**2)
 
 
 def rotation_update(sizes: LayerSizes) -> Work:

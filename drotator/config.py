@@ -22,6 +22,7 @@ VALUE_MAPS = ("orthogonal", "invertible")
 RECONSTRUCTIONS = ("none", "block")
 SALIENCES = ("auto", "magnitude", "wanda", "obs", "sequential_obs")
 OPTIMIZERS = ("adam_qr", "riemannian_adam", "spectral")
+PRODUCTS = ("auto", "float8", "bfloat16", "float32")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PERPLEXITY_SETS = ("wikitext2", "c4", "passages")
 BASELINES = ("auto", "always", "never")
@@ -192,6 +193,8 @@ class OptimizerConfig:
     learning_rate: of Adam for adam_qr; of body-frame Adam at hidden_size 576 for riemannian_adam (scaled by
     sqrt(576 / hidden_size)); the first angle in radians for spectral.
     batches: a step looks at one of this many parts of a layer's outputs, in turn; 1: at all of them.
+    products: of the large weights with R1, summed in float32: float8, bfloat16 or float32. auto: the fastest that a GPU
+    has for weights of 16 bits, else float32.
     warm_start: R1 starts from what the layers before have learned, not from the identity.
     """
 
@@ -199,6 +202,7 @@ class OptimizerConfig:
     steps: int = 200
     learning_rate: float = 0.15
     batches: int = 1
+    products: str = "auto"
     warm_start: bool = True
 
     def __post_init__(self) -> None:
@@ -206,6 +210,7 @@ class OptimizerConfig:
         _require(self.steps >= 0, "optimizer.steps", self.steps, "0 or more")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         _require(self.batches >= 1, "optimizer.batches", self.batches, "1 or more")
+        _one_of("optimizer.products", self.products, PRODUCTS)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,8 +22,8 @@ from drotator.processes import place
 
 Item = TypeVar("Item")
 CPU = torch.device("cpu")
-ALIGNED = 8
-"""Shares of a matrix are multiples of it: products of 16 bits with other sizes leave the fast kernels."""
+ALIGNED = 16
+"""Shares of a matrix are multiples of it: products of 8 bits want that, and those of 16 bits are slow without."""
 
 
 @dataclass(frozen=True)

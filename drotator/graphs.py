@@ -17,7 +17,7 @@ from drotator.distributed import ALONE, World
 logger = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3
-COMPILED = 2**24
+COMPILED = 2**22
 """Elements from which on the work on a matrix on a GPU is worth the seconds that compiling takes."""
 KERNELS = 64
 """Compiled forms of one function that are kept: one for each shape, objective and optimizer's setting of a sweep."""
@@ -25,9 +25,10 @@ KERNELS = 64
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def fused(function: Function, matrix: Tensor) -> Function:
-    """Return `function`, compiled where it works on such a matrix on a GPU and the matrix is large."""
-    return _compiled(function) if matrix.is_cuda and matrix.numel() >= COMPILED else function
+def fused(function: Function, matrix: Tensor, size: int = 0) -> Function:
+    """Return `function`, compiled where it works on such a matrix, or on matrices of that size, on a GPU and that is
+    large."""
+    return _compiled(function) if matrix.is_cuda and max(matrix.numel(), size) >= COMPILED else function
 
 
 @cache

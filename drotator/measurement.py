@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from drotator.architecture import ModelSource
-from drotator.bounds import Peaks, Work
+from drotator.bounds import UNITS, Peaks, Work
 from drotator.config import BenchConfig
 from drotator.distributed import ALONE, World
 from drotator.folders import write_text
+from drotator.products import FLOAT8, multiplies_8_bits, product8
 from drotator.resources import device_name, float32_products, peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 BUDGET_SECONDS = 0.7
 MOST_REPEATS = 30
 NONE = "none"
-UNITS = {"bfloat16": "bfloat16", "tf32": "TF32", "float32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _event_milliseconds(call: Callable[[], object], device: torch.device) -> flo
 
 
 def measure_peaks(device: torch.device) -> Peaks:
-    """Measure a square product in bfloat16, TF32 and float32, and a copy (bytes read and written), on random data.
+    """Measure a square product in each of UNITS, and a copy (bytes read and written), on random data.
 
     A CPU is asked for float32 alone: whatever it does in other formats is no aim.
     """
@@ -225,6 +225,10 @@ def measure_peaks(device: torch.device) -> Peaks:
         peaks["tf32"] = 2 * n**3 / _fastest(lambda: A @ A, device) if is_cuda else peaks["float32"]
     B = A.bfloat16()
     peaks["bfloat16"] = 2 * n**3 / _fastest(lambda: B @ B, device) if is_cuda else peaks["float32"]
+    peaks["float8"] = peaks["bfloat16"]
+    if is_cuda and multiplies_8_bits(device):
+        C = A.to(FLOAT8)
+        peaks["float8"] = 2 * n**3 / _fastest(lambda: product8(C, C), device)
     long = torch.randn(2**27 if is_cuda else 2**23, device=device)
     target = torch.empty_like(long)
     peaks["bytes"] = 2 * long.nbytes / _fastest(lambda: target.copy_(long), device)

@@ -7,6 +7,7 @@ H^-1 = U^T U (sequential_obs); design: one factor for each input column, so S = 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor
 from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.distributed import ALIGNED, ALONE, World
+from drotator.products import Factor, Products, factor_of, sixteen_bits
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
 from drotator.scores import (
     ALL_COLUMNS,
     Columns,
+    Moments,
     RotatedWeight,
     entropy_along,
     importance_score,
@@ -64,7 +67,7 @@ class LayerProblem:
     hessians: Mapping[str, Tensor]
     sizes: LayerSizes
     sensitivities: Mapping[str, Tensor] = field(default_factory=dict)
-    products: torch.dtype | None = None
+    products: Products = None
 
     @property
     def precision(self) -> str:
@@ -79,7 +82,7 @@ class LayerProblem:
         sizes: LayerSizes,
         hessians: Mapping[str, Tensor],
         sensitivities: Mapping[str, Tensor] | None = None,
-        products: torch.dtype | None = None,
+        products: Products = None,
     ) -> LayerProblem:
         """weights, sensitivities: by module name, as `fold_norms` and `collect_sensitivities` return them."""
         by_field = {name: getattr(spec, name) for name in INPUT_OF}
@@ -228,86 +231,98 @@ def build_objective(
     norms = {name: _norm(W[name], problem.hessians.get(INPUT_OF[name]), salience, G.get(name)) for name in INPUT_OF}
     if problem.sensitivities:  # errors of different linears are then comparable, and only their sum is normalised
         norms = dict.fromkeys(norms, torch.stack(list(norms.values())).sum())
-    down_energy = None
-    if salience != "magnitude" and "down" in problem.hessians:
-        down_energy = column_energy(problem.hessians["down"], None, salience, damping)
-
     is_entropy = settings.name == "entropy"
-    by_output = entropy_along(0) if is_entropy else removal(sparsity)
-    by_input = entropy_along(1) if is_entropy else by_output
-
     counts_vary = "value" in G and not is_entropy
-
-    def counted(name: str) -> Tensor:
-        """W with its outputs times the root of what each counts, but for v's where that varies with R2."""
-        if is_entropy or (name == "value" and counts_vary):
-            return W[name]
-        counts = G.get(name, norms[name].new_ones(())) / norms[name]
-        return W[name] * counts.sqrt().unsqueeze(-1)
-
-    unit = ALIGNED * batches
+    head, unit, products = sizes.head_dim, ALIGNED * batches, problem.products
     own_columns = None if world.size == 1 else world.part(sizes.hidden_size, unit)
 
-    def reading(*names: str) -> Tensor:
-        joined = torch.cat([world.own(counted(name), 0, unit).to(problem.products) for name in names])
-        return dealt(joined.mT, 1, batches)
+    def counts(name: str) -> Tensor:
+        """What each output counts; for the entropy no scale does."""
+        return G.get(name, norms[name].new_ones(())).expand(len(W[name])) / norms[name]
 
-    query_key, gate_up = reading("query", "key"), reading("gate", "up")
-    of_down = counted("down").mT
-    if is_entropy:
-        of_down = world.own(of_down, 0, unit)
-        down_energy = None if down_energy is None else dealt(world.own(down_energy, 0, unit), 0, batches)
-    of_down = dealt(of_down.to(problem.products), 0, batches if is_entropy else 1)
-    head = sizes.head_dim
-    of_heads = counted("value") if is_entropy else world.own(counted("value"), 0, head)
-    value = RotatedWeight(of_heads.to(problem.products).mT.contiguous(), None)
-    output = RotatedWeight(counted("output").to(problem.products).mT.contiguous(), None, writes=True)
+    def reading(*names: str) -> Factor:
+        rows = [world.own(W[name], 0, unit) for name in names]
+        each = [world.own(counts(name), 0, unit) for name in names]
+        return factor_of(rows, each, products, batches, is_scale_free=is_entropy)
+
+    def writing_down() -> Factor:
+        """For the entropy, which takes each column alone, this process's part of them and of that a batch, else all."""
+        if is_entropy:
+            return factor_of([world.own(W["down"].mT, 0, unit)], None, products, batches, is_scale_free=True)
+        each = counts("down")[0].expand(sizes.intermediate_size)
+        if salience != "magnitude":
+            each = each * column_energy(problem.hessians["down"], None, salience, damping)
+        return factor_of([W["down"].mT], [each], products)
+
+    def turned_twice(name: str) -> RotatedWeight:
+        """What R2 rotates too: its outputs times the root of what each counts, but for v's where that varies."""
+        has_counts = not is_entropy and not (name == "value" and counts_vary)
+        counted = W[name] * counts(name).sqrt().unsqueeze(-1) if has_counts else W[name]
+        if name == "value" and not is_entropy:
+            counted = world.own(counted, 0, head)
+        rows = counted if name == "value" else counted.mT
+        factor = factor_of([rows], None, sixteen_bits(products), is_scale_free=True)
+        return RotatedWeight(factor, None, writes=name == "output")
+
+    query_key, gate_up, of_down = reading("query", "key"), reading("gate", "up"), writing_down()
+    value, output = turned_twice("value"), turned_twice("output")
+    along_inputs = [entropy_along(dim) if is_entropy else removal(sparsity, dim) for dim in (0, 1)]
     moments = {
         inputs: energy_moments(problem.hessians[inputs], salience, damping)
         for inputs in ("attention", "mlp", "output")
         if inputs in problem.hessians and salience != "magnitude"
     }
+    rounded_moments = {inputs: moments[inputs].to(sixteen_bits(products)) for inputs in moments if inputs != "output"}
 
-    def energy(inputs: str, R: Tensor) -> Tensor | None:
+    def energy(inputs: str, R1: Tensor) -> Tensor | Moments | None:
         if salience == "magnitude":
             return None
-        if salience == "sequential_obs" or R.ndim == 3:  # a Cholesky factor has no parts, and blocks take no time
-            return rotated_energy(moments[inputs], R, salience)
-        own = rotated_energy(moments[inputs], world.own(R, 1, unit), salience)
-        return world.gather_rows(own, R.shape[1], unit)
+        if salience == "sequential_obs":  # a Cholesky factor has no parts
+            return rotated_energy(moments[inputs], R1, salience)
+        return Moments(rounded_moments[inputs], salience == "obs")
 
     def output_energy(R2_of_queries: Tensor) -> Tensor | None:
+        if salience == "magnitude":
+            return None
         if value_map == "orthogonal":
-            return energy("output", R2_of_queries)
+            return rotated_energy(moments["output"], R2_of_queries, salience)
         # H is damped in the basis that the pruner sees, which only an orthogonal map makes the same as in any other.
         half = rotate_value_rows(problem.hessians["output"], R2_of_queries)
         return column_energy(rotate_value_rows(half.mT, R2_of_queries), None, salience, damping)
 
     def evaluate_batch(R1: Tensor, R2: Tensor, batch: Tensor | None) -> Tensor:
         R2_of_reader = R2 if value_map == "orthogonal" else inverse_transpose(R2)
-        of_queries, of_readers = (R.repeat_interleave(sizes.queries_per_group, dim=0) for R in (R2, R2_of_reader))
-        attention_energy, mlp_energy, heads = energy("attention", R1), energy("mlp", R1), R2
-        columns, energy_of_down = ALL_COLUMNS, down_energy
-        if not is_entropy:
-            columns, heads = Columns(own_columns, batches, batch), world.own(R2)
-        elif down_energy is not None:
-            energy_of_down = one_of(down_energy, batch)
-        down = RotatedWeight(one_of(of_down, batch if is_entropy else None), by_input, True, is_entropy)
-        readers = (RotatedWeight(one_of(hands, batch), by_output) for hands in (query_key, gate_up))
-        energies = (attention_energy, mlp_energy, energy_of_down, None, None)
-        score, of_value, of_output = rotated_scores(R1, energies, (*readers, down, value, output), columns)
+        heads, columns = (R2, ALL_COLUMNS) if is_entropy else (world.own(R2), Columns(own_columns, batches, batch))
+        weights = (
+            RotatedWeight(query_key.of_batch(batch), along_inputs[0], energy=0),
+            RotatedWeight(gate_up.of_batch(batch), along_inputs[0], energy=1),
+            RotatedWeight(
+                of_down.of_batch(batch if is_entropy else None),
+                along_inputs[0 if is_entropy else 1],
+                writes=True,
+                by_column=is_entropy,
+            ),
+            dataclasses.replace(value, factor=value.factor.of_batch(None)),
+            dataclasses.replace(output, factor=output.factor.of_batch(None)),
+        )
+        energies = [energy(inputs, R1) for inputs in ("attention", "mlp")]
+        score, (attention_energy, _), (of_value, of_output) = rotated_scores(
+            R1, energies, weights, products, columns, world, unit
+        )
         of_value = rotate_output_columns(of_value, heads.to(of_value.dtype), 1)
-        of_output = rotate_value_rows(of_output, of_readers.to(of_output.dtype))
+        of_output = rotate_output_columns(of_output, R2_of_reader.to(of_output.dtype), sizes.queries_per_group)
         if counts_vary:
-            counts = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
-            of_value = of_value * counts.clamp_min(torch.finfo(counts.dtype).tiny).sqrt().to(of_value.dtype)
+            varying = world.own(output_weights(G["value"], R2_of_reader), 0, head) / norms["value"]
+            of_value = of_value * varying.clamp_min(torch.finfo(varying.dtype).tiny).sqrt().to(of_value.dtype)
+        E = output_energy(R2.repeat_interleave(sizes.queries_per_group, dim=0))
         if not is_entropy:
-            score = score + importance_score(of_output, output_energy(of_queries), by_output)
-            return batches * score + importance_score(of_value, attention_energy, by_output)
+            score = score + importance_score(of_output, E, along_inputs[1], 1)
+            return batches * score + importance_score(of_value, attention_energy, along_inputs[0], 0)
         whole = []
-        for T, E in ((of_value, attention_energy), (of_output, output_energy(of_queries))):
-            whole.append(importance_score(world.own(T, 1), E, by_output))
-            whole.append(importance_score(world.own(T), None if E is None else world.own(E), by_input))
+        for T, of_inputs, dim in ((of_value, attention_energy, 0), (of_output, E, 1)):
+            whole.append(importance_score(world.own(T, 1 - dim), of_inputs, entropy_along(dim), dim))
+            own = None if of_inputs is None else world.own(of_inputs)
+            whole.append(importance_score(world.own(T, dim), own, entropy_along(1 - dim), dim))
         return batches * score + torch.stack(whole).sum()
 
     def evaluate(R1: Tensor, R2: Tensor, batch: Tensor | None = None) -> Tensor:
@@ -327,16 +342,6 @@ def require_batches(batches: int, sizes: LayerSizes) -> None:
             f"optimizer.batches={batches} does not divide the outputs of all linears "
             f"({', '.join(map(str, counts))}): set it to 1 or 2."
         )
-
-
-def dealt(W: Tensor, dim: int, batches: int) -> Tensor:
-    """Deal the slices of W along a dimension out to batches, like cards: (batches, ...), each contiguous."""
-    return W.unflatten(dim, (-1, batches)).movedim(dim + 1, 0).contiguous()
-
-
-def one_of(hands: Tensor, batch: Tensor | None) -> Tensor:
-    """One of what was `dealt`, chosen on the device; without a batch there is only one."""
-    return hands[0] if batch is None else hands.index_select(0, batch)[0]
 
 
 def with_gradients(objectives: Sequence[Objective], world: World = ALONE) -> ObjectiveWithGradients:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drotator.graphs import fused
-from drotator.resources import product
+from drotator.products import Products
 from drotator.rotation import eye_like, inverse_transpose
 from drotator.symmetric_kernel import add_product
 
@@ -31,10 +31,6 @@ QUINTICS = ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5
 leaves [2 - SIGN_LIMIT, SIGN_LIMIT]. Greedy choice is optimal: Polar Express, Amsel et al., arXiv 2505.16932."""
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
-
-
-Products = torch.dtype | None
-"""Dtype of products of which few digits matter: directions, and small corrections. None: that of the matrices."""
 
 
 class RotationOptimizer(Protocol):
@@ -171,9 +167,10 @@ class Spectral:
 
 
 def direction(R: Tensor, G: Tensor, value_map: str, products: Products) -> Tensor:
-    """The gradient in the body frame, (..., n, n). Compiled with a step, which reads it often, it would be made anew
-    each time, from A and from A^T."""
-    return GROUPS[value_map].project(rounded_product(R.mT, G, products))
+    """The gradient in the body frame, (..., n, n), in the dtype of products. Compiled with a step, which reads it
+    often, it would be made anew each time, from A and from A^T."""
+    project = GROUPS[value_map].project
+    return fused(project, R)(rounded_product(R.mT, G, products))
 
 
 def step_of_adam(
@@ -189,7 +186,7 @@ def step_of_adam(
     products: Products,
 ) -> None:
     """The step of RiemannianAdam, in place."""
-    group, (beta1, beta2) = GROUPS[value_map], betas
+    group, (beta1, beta2), omega = GROUPS[value_map], betas, omega.to(R.dtype)
     num_steps.add_(1)
     first.lerp_(omega, 1 - beta1)
     second.lerp_(omega.square(), 1 - beta2)
@@ -209,7 +206,7 @@ def step_of_spectral(
     products: Products,
 ) -> None:
     """The step of Spectral, in place."""
-    group = GROUPS[value_map]
+    group, omega = GROUPS[value_map], omega.to(R.dtype)
     size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(omega.dtype).tiny)
     average.lerp_(omega / size, 1 - momentum)
     largest = min(math.tan(min(learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
@@ -230,12 +227,19 @@ def retract(R: Tensor, U: Tensor, size: float, products: Products = None) -> Ten
     """Return R - R U, (..., n, n), for a skew U made orthogonal: the singular values of I - U are sqrt(1 + |U|^2).
 
     Of cubic Newton-Schulz steps, each of which turns an error e of a singular value into 3/2 e^2, as many are taken as
-    a U of that size needs to leave no more than DRIFT. Of the products only R R^T needs many digits.
+    a U of that size needs to leave no more than DRIFT. What rounding a matrix near I to 16 bits spoils in I - R R^T is
+    its diagonal, the lengths of the rows: that is summed in float32.
     """
     R = R - rounded_product(R, U, products)
     error = math.sqrt(1 + size**2) - 1
     while error > DRIFT / 2:
-        R = R + 0.5 * rounded_product(eye_like(R) - R @ R.mT, R, products)
+        low = rounded(R, products)
+        missing = add_product(low, low.mT, 1, eye_like(low).expand_as(low), alpha=-1)
+        change = missing @ low
+        if products is not None:
+            lengths = 1 - R.square().sum(-1) - missing.diagonal(dim1=-2, dim2=-1)
+            change = change + lengths.unsqueeze(-1) * R
+        R = R + 0.5 * change
         error = 1.5 * error**2
     return R
 
@@ -265,8 +269,8 @@ def rounded(A: Tensor, products: Products) -> Tensor:
 
 
 def rounded_product(A: Tensor, B: Tensor, products: Products) -> Tensor:
-    """A B, (..., n, n), of `rounded` factors, summed in float32, or float64 of such matrices."""
-    return product(rounded(A, products).mT, rounded(B, products))
+    """A B, (..., n, n), of `rounded` factors and rounded as they are."""
+    return rounded(A, products) @ rounded(B, products)
 
 
 def skew(A: Tensor) -> Tensor:
@@ -301,5 +305,9 @@ def matrix_sign(A: Tensor, products: Products = None, symmetry: int = 0) -> Tens
     return X.to(A.dtype)
 
 
-GROUPS = {"orthogonal": Group(skew, -1, retract), "invertible": Group(lambda A: A, 0, stretch)}
+def unchanged(A: Tensor) -> Tensor:
+    return A
+
+
+GROUPS = {"orthogonal": Group(skew, -1, retract), "invertible": Group(unchanged, 0, stretch)}
 """By the name of the map."""

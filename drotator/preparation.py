@@ -18,6 +18,7 @@ from drotator.distributed import ALONE, World
 from drotator.fetch import load_tokenizer, resolve_model
 from drotator.memory import MemoryPlan, check_evaluation, plan_memory
 from drotator.objectives import require_batches
+from drotator.products import choose_products
 from drotator.pruners import validate
 from drotator.resources import Stopwatch, check_disk_space, choose_device
 from drotator.results import Metrics
@@ -60,6 +61,7 @@ def prepare(planned: list[tuple[PruneConfig, RunFolder]]) -> Job:
                 validate(settings.sparsity, source.sizes.input_size(inputs), f"{LAYERS}.0.{name}")
         if settings.rotation.name != "none":
             require_batches(settings.optimizer.batches, source.sizes)
+            choose_products(settings.optimizer, source.sizes, source.dtype, device)
         memory = plan_memory(settings, source, device, world)
         logger.info("memory: %s: activations on %s (offload=%s)", memory, memory.level, settings.offload)
         if memory.needs.layer > memory.free_device:

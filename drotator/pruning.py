@@ -29,6 +29,7 @@ from drotator.objectives import (
     with_gradients,
 )
 from drotator.permutation import search_order
+from drotator.products import choose_products
 from drotator.pruners import PRUNERS, relative_error, sparsity_of
 from drotator.pruners.solve import solve_on_mask
 from drotator.resources import Stopwatch
@@ -120,7 +121,7 @@ def open_layer(context: LayerContext, settings: PruneConfig) -> DenseLayer:
     by_objective, by_mask = settings.objective.is_weighed, settings.mask_is_weighed
     sensitivities = context.sensitivities(settings.seed) if by_objective or by_mask else {}
     stored = linear(layer, spec.gate).weight
-    products = torch.bfloat16 if stored.is_cuda and stored.itemsize == 2 else None  # a CPU has no faster ones
+    products = choose_products(settings.optimizer, context.sizes, stored.dtype, stored.device)
     problem = LayerProblem.of_layer(
         weights, spec, context.sizes, hessians, sensitivities if by_objective else {}, products
     )

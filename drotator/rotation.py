@@ -208,9 +208,34 @@ def rotate_value_rows(W: Tensor, R2: Tensor) -> Tensor:
 
 def rotate_output_columns(W: Tensor, R2: Tensor, queries_per_group: int) -> Tensor:
     """Columns of every query head by the matrix of its group: (n, k q h) -> (n, k q h), q = queries_per_group."""
-    k, h, _ = R2.shape
-    heads = W.reshape(len(W), k, queries_per_group, h)
-    return torch.einsum("ngqh,ghi->ngqi", heads, R2).reshape(W.shape)
+    turned: Tensor = _ByHeads.apply(W.contiguous(), R2.repeat_interleave(queries_per_group, dim=0))
+    return turned
+
+
+class _ByHeads(torch.autograd.Function):
+    """Columns of head i, (n, h), times R_i; einsum would copy large weights to bring the heads to the front."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, R: Tensor) -> Tensor:
+        ctx.save_for_backward(W, R)
+        return _by_heads(W, R)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        W, R = ctx.saved_tensors
+        grad = grad.contiguous()
+        return _by_heads(grad, R.mT), _heads(W, R).mT @ _heads(grad, R)
+
+
+def _heads(W: Tensor, R: Tensor) -> Tensor:
+    """(n, heads h) -> (heads, n, h), a view."""
+    return W.view(len(W), len(R), R.shape[-1]).transpose(0, 1)
+
+
+def _by_heads(W: Tensor, R: Tensor) -> Tensor:
+    turned = torch.empty_like(W)
+    torch.bmm(_heads(W, R), R, out=_heads(turned, R))
+    return turned
 
 
 def boundary_weight(R1_before: Tensor, R1_after: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Scores of importances, with their gradients in closed form: no graph is kept over a layer's large weights.
 
-Importances are held as S^T, (d_in, d_out): the inputs, which masks group, lie in the slow dimension.
+d = hidden_size, n = the other side of a weight. Weights, and with them importances, lie as the rotation makes them: as
+T = R1^T X, (d, n), with X = W^T of a linear that reads the residual stream and W of one that writes into it.
 """
 
 from __future__ import annotations
@@ -9,93 +10,156 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drotator.config import SparsityConfig
+from drotator.distributed import ALIGNED, ALONE, World
 from drotator.graphs import fused
-from drotator.resources import product
+from drotator.products import (
+    FLOAT8,
+    GRADIENT8,
+    Factor,
+    Products,
+    RoundedRotation,
+    gradient_of_rotation,
+    rotated,
+    rounded_rotation,
+    sixteen_bits,
+)
 
-Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""S^T (d_in, d_out) >= 0 -> its score, (), and the slope of the score at every entry, of S's dtype."""
-
-PART = 2**26
-"""Weights that are rotated at once, which bounds the memory of their importances."""
+PART = 2**29
+"""Bytes of a rotated weight that are made at once, which bounds the memory of its importances."""
 
 
-def entropy_score(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Entropies E_i of S normalised along `dim`, summed; dE_i/dS_ij = -(log p_ij + E_i) / Z_i.
+@dataclass(frozen=True)
+class Score:
+    """A function of importances S, (d, n) >= 0, in two passes over them, of which neither keeps anything of their size.
 
-    Autograd would meet log 0 where a weight is exactly zero; S log S -> 0 there, and so must its gradient.
-    Source: DenoiseRotator, eq. 5.
+    summary: S -> the score, (); the unit, (); and marks, which are small beside S.
+    slope: (S, *marks) -> the derivative by every entry over the unit, of S's dtype. In that unit slopes are of order
+        one, so that 8 bits hold what is made of them.
     """
-    Z = S.sum(dim, keepdim=True)
-    Z = Z.masked_fill(Z == 0, torch.inf)  # nothing but zeros: no entropy and no gradient
-    log_p = (S / Z).clamp_min(torch.finfo(S.dtype).tiny).log()
-    E = -(S * log_p).sum(dim, keepdim=True) / Z
-    return E.sum(), -(log_p + E) / Z
 
-
-def removed_score(S: Tensor, sparsity: SparsityConfig) -> tuple[Tensor, Tensor]:
-    """Sum of what a mask chosen by S removes of every group, or of every output; the slope is 1 where it removes."""
-    if sparsity.is_grouped:
-        groups = S.unflatten(0, (-1, sparsity.group))
-        if (sparsity.keep, sparsity.group) == (2, 4):
-            total, threshold = _two_smallest_of_four(groups)
-        else:
-            smallest = groups.topk(sparsity.group - sparsity.keep, dim=1, largest=False).values
-            total, threshold = smallest.sum(), smallest[:, -1]
-        return total, (threshold[:, None] >= groups).to(S.dtype).flatten(0, 1)
-    removed = round(sparsity.ratio * len(S))
-    if removed == 0:
-        return S.new_zeros(()), torch.zeros_like(S)
-    threshold = S.kthvalue(removed, dim=0, keepdim=True).values
-    is_below = threshold > S
-    num_at_threshold = removed - is_below.sum(0)  # of equal importances an output loses as many as its mask removes
-    return torch.where(is_below, S, 0).sum() + (threshold[0] * num_at_threshold).sum(), (threshold >= S).to(S.dtype)
-
-
-def removal(sparsity: SparsityConfig) -> Score:
-    """`removed_score` of a sparsity: one function for each, as a compiled kernel is one for each function."""
-    return _removal(sparsity.ratio, sparsity.keep, sparsity.group)
-
-
-@cache
-def _removal(ratio: float, keep: int, group: int) -> Score:
-    return partial(removed_score, sparsity=SparsityConfig(ratio=ratio, keep=keep, group=group))
+    summary: Callable[[Tensor], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    slope: Callable[..., Tensor]
 
 
 @cache
 def entropy_along(dim: int) -> Score:
-    """`entropy_score` along `dim`, likewise."""
-    return partial(entropy_score, dim=dim)
+    """Entropies E_i of S normalised along `dim`, summed; dE_i/dS_ij = -(log p_ij + E_i) / Z_i.
+
+    As log p = log S - log Z, sums of S and of S log S give both. Autograd would meet log 0 where a weight is exactly
+    zero; S log S -> 0 there, and so must its gradient.
+    Source: DenoiseRotator, eq. 5.
+    """
+    return Score(partial(entropies, dim=dim), entropy_slope)
 
 
-def _two_smallest_of_four(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the two smallest of (n, 4, m), and the larger of each two: a sorting network beats topk several times."""
-    a, b, c, d = groups.unbind(1)
+def entropies(S: Tensor, dim: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The summary of `entropy_along`. Marks: the mean of log S as p weighs it, and 1 / Z over the unit."""
+    Z, of_logs = S.sum(dim, keepdim=True), (S * _log(S)).sum(dim, keepdim=True)
+    is_empty = Z == 0  # nothing but zeros: no entropy and no gradient
+    over_Z = torch.where(is_empty, 0, 1 / Z)
+    unit = over_Z.mean().clamp_min(torch.finfo(S.dtype).tiny)
+    mean_log = of_logs * over_Z
+    return (Z.masked_fill(is_empty, 1).log() - mean_log).sum(), unit, (mean_log, over_Z / unit)
+
+
+def entropy_slope(S: Tensor, mean_log: Tensor, scale: Tensor) -> Tensor:
+    return (mean_log - _log(S)) * scale
+
+
+def _log(S: Tensor) -> Tensor:
+    return S.clamp_min(torch.finfo(S.dtype).tiny).log()
+
+
+def removal(sparsity: SparsityConfig, dim: int) -> Score:
+    """Sum of what a mask chosen by S removes of every group, or of every output; the slope is 1 where it removes.
+
+    Args:
+        dim: the dimension of S along which the inputs lie.
+    """
+    return _removal(sparsity.ratio, sparsity.keep, sparsity.group, dim)
+
+
+@cache  # a compiled kernel is one for each function
+def _removal(ratio: float, keep: int, group: int, dim: int) -> Score:
+    sparsity = SparsityConfig(ratio=ratio, keep=keep, group=group)
+    return Score(partial(removed, sparsity=sparsity, dim=dim), partial(removal_slope, sparsity=sparsity, dim=dim))
+
+
+def removed(S: Tensor, sparsity: SparsityConfig, dim: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The summary of `removal`. Mark: the largest importance that each group, or output, loses."""
+    one = S.new_ones(())
+    if sparsity.is_grouped:
+        groups, at = S.unflatten(dim, (-1, sparsity.group)), dim + 1
+        if (sparsity.keep, sparsity.group) == (2, 4):
+            total, threshold = _two_smallest_of_four(groups, at)
+        else:
+            smallest = groups.topk(sparsity.group - sparsity.keep, dim=at, largest=False).values
+            total, threshold = smallest.sum(), smallest.select(at, -1)
+        return total, one, (threshold.unsqueeze(at),)
+    count = round(sparsity.ratio * S.shape[dim])
+    if count == 0:
+        return S.new_zeros(()), one, (torch.full_like(S.narrow(dim, 0, 1), -1),)
+    threshold = S.kthvalue(count, dim=dim, keepdim=True).values
+    is_below = threshold > S
+    num_at_threshold = count - is_below.sum(dim, keepdim=True)  # of equal ones as many go as the mask removes
+    return torch.where(is_below, S, 0).sum() + (threshold * num_at_threshold).sum(), one, (threshold,)
+
+
+def removal_slope(S: Tensor, threshold: Tensor, sparsity: SparsityConfig, dim: int) -> Tensor:
+    if not sparsity.is_grouped:
+        return (threshold >= S).to(S.dtype)
+    return (threshold >= S.unflatten(dim, (-1, sparsity.group))).to(S.dtype).flatten(dim, dim + 1)
+
+
+def _two_smallest_of_four(groups: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sum of the two smallest of four along `dim`, and the larger of each two: a sorting network beats topk."""
+    a, b, c, d = groups.unbind(dim)
     low, high = torch.minimum(a, b), torch.maximum(a, b)
     low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
     second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
-    return torch.minimum(low, low2).sum() + second.sum(), second
+    return (torch.minimum(low, low2) + second).sum(-1).sum(), second  # rows first: one pass with what follows
 
 
 @dataclass(frozen=True)
 class RotatedWeight:
     """A weight that one side of R1 acts on, and how its importances are scored.
 
-    W: W^T (d_in, d_out) in the dtype of its products with R1, times the root of what each output counts.
-    score: of the importances; None: the rotated weight itself is wanted.
-    writes: whether W^T becomes W^T R1, of a linear that writes into the residual stream, or R1^T W^T, of a reader.
-    by_input: whether the score looks at each input alone, so that parts are made of inputs; otherwise of outputs.
+    score: of the importances S = T^2 * counts * energies, rows multiplied by energies; None: T itself is wanted.
+    energy: number of the energies among those given; None: all are 1.
+    writes: whether the linear writes into the residual stream: the rows of T are then its outputs, else its inputs.
+    by_column: whether the score looks at each column of T alone, so that parts are made of columns; otherwise of rows.
     """
 
-    W: Tensor
+    factor: Factor
     score: Score | None
+    energy: int | None = None
     writes: bool = False
-    by_input: bool = False
+    by_column: bool = True
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Energies that R1 makes: diag(R1^T M R1) of a symmetric M, (d, d), or 1 over it. M in the dtype of products."""
+
+    M: Tensor
+    is_inverse: bool
+
+
+class Rotated(NamedTuple):
+    """score: (), the sum over the weights that have one. energies: as given, or (d,) made of Moments.
+
+    weights: T (d', n) of each weight without a score.
+    """
+
+    score: Tensor
+    energies: list[Tensor | None]
+    weights: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,11 +173,16 @@ class Columns:
     batches: int = 1
     batch: Tensor | None = None
 
-    def of(self, R: Tensor) -> Tensor:
-        own = R if self.part is None else R[:, self.part]
+    def of(self, rotation: RoundedRotation) -> RoundedRotation:
+        return RoundedRotation(*(None if rows is None else self._of_rows(rows) for rows in rotation))  # type: ignore[arg-type]
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        own = rows if self.part is None else rows[self.part]
         if self.batch is None:
             return own
-        return own.unflatten(1, (-1, self.batches)).index_select(2, self.batch).squeeze(2)
+        bits = own.view(torch.uint8) if own.itemsize == 1 else own
+        found = bits.unflatten(0, (-1, self.batches)).index_select(1, self.batch).squeeze(1)
+        return found.view(own.dtype)
 
     def spread(self, G: Tensor, size: int) -> Tensor:
         """Put columns where `of` found them among `size`, with zeros elsewhere."""
@@ -130,133 +199,251 @@ class Columns:
 ALL_COLUMNS = Columns()
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What `rotated_scores` is given beside the tensors that it can be differentiated by; moments: None if there are
+    energies, or none are wanted."""
+
+    moments: Sequence[Moments | None]
+    weights: Sequence[RotatedWeight]
+    columns: Columns
+    products: Products
+    world: World
+    unit: int
+
+
 class _Rotated(torch.autograd.Function):
-    """The gradients are made with the value, part by part; those by R, of which each is as large as R, are added up in
-    one pass at the end."""
+    """The gradients by R of all its uses are made with the values, or kept as factors; those by R, of which each is as
+    large as R, are added up in one pass at the end."""
 
     @staticmethod
-    def forward(
-        ctx: Any, R: Tensor, columns: Columns, weights: Sequence[RotatedWeight], *energies: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        low = R.to(weights[0].W.dtype)
-        of_writers, total, rotated = columns.of(low), R.new_zeros(()), []
-        ctx.columns, ctx.gradients, ctx.of_energies, ctx.multiplied = columns, [], [], []
-        for weight, energy in zip(weights, energies, strict=True):
-            rotation = of_writers if weight.writes else low
+    def forward(ctx: Any, R: Tensor, setting: _Setting, *given: Tensor | None) -> tuple[Tensor, ...]:
+        rounded = rounded_rotation(R, sixteen_bits(setting.products))
+        coarse = rounded_rotation(R, setting.products) if setting.products == FLOAT8 else rounded
+        made = [None if moments is None else _made(moments, rounded, setting) for moments in setting.moments]
+        energies = [energy if of is None else of.energy for energy, of in zip(given, made, strict=True)]
+        total, turned, gradients = R.new_zeros(()), [], []
+        by_energy: list[Tensor | None] = [None] * len(energies)
+        for weight in setting.weights:
+            rotation = coarse if weight.factor.mirrored is not None else rounded
+            rotation = setting.columns.of(rotation) if weight.writes else rotation
             if weight.score is None:
-                rotated.append(weight.W @ rotation if weight.writes else rotation.mT @ weight.W)
-                ctx.multiplied.append(weight)
-                ctx.of_energies.append(None)
-            else:
-                value, G, of_energy = _score_of_parts(rotation, energy, weight, weight.score)
-                total += value
-                ctx.gradients.append((weight.writes, G))
-                ctx.of_energies.append(None if energy is None else of_energy)
-        return total, *rotated
+                turned.append(rotated(rotation, weight.factor))
+                continue
+            energy = None if weight.energy is None else energies[weight.energy]
+            value, of_rotation, of_energy = _score_of_parts(rotation, energy, weight, weight.score)
+            total += value
+            gradients += [(weight.writes, *part) for part in of_rotation]
+            if weight.energy is not None:
+                by_energy[weight.energy] = _plus(by_energy[weight.energy], of_energy)
+        ctx.setting, ctx.size, ctx.gradients, ctx.by_energy = setting, len(R), gradients, by_energy
+        ctx.made = [None if of is None else _Made(of.energy.detach(), of.read) for of in made]  # no cycle through ctx
+        return total, *(of.energy for of in made if of is not None), *turned
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *of_rotated: Tensor) -> tuple[Tensor | None, ...]:
-        products = []
-        for weight, D in zip(ctx.multiplied, of_rotated, strict=True):
-            G = product(weight.W, D) if weight.writes else product(weight.W.mT, D.mT)
-            products.append((weight.writes, G))
-        G = fused(_added_up, products[0][1] if products else ctx.gradients[0][1])(
-            grad, ctx.gradients, products, ctx.columns
-        )
-        wanted = ctx.needs_input_grad[3:]
-        of_energies = (
-            found * grad if is_wanted and found is not None else None
-            for found, is_wanted in zip(ctx.of_energies, wanted, strict=True)
-        )
-        return G, None, None, *of_energies
+    def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        setting, world, rest = ctx.setting, ctx.setting.world, iter(grads)
+        of_given: list[Tensor | None] = []
+        of_moments = []
+        wanted = ctx.needs_input_grad[2:]
+        for moments, made, found, is_wanted in zip(setting.moments, ctx.made, ctx.by_energy, wanted, strict=True):
+            of_energy = None if found is None else found * grad
+            of_given.append(of_energy if is_wanted else None)
+            if moments is not None:
+                g = world.own(world.all_reduce_(_plus(of_energy, next(rest))), 0, setting.unit)
+                own = world.own(made.energy, 0, setting.unit)
+                of_moments.append((made.read, -2 * own.square() * g if moments.is_inverse else 2 * g))
+        of_turned = [
+            (weight.writes, gradient_of_rotation(weight.factor, next(rest)))
+            for weight in setting.weights
+            if weight.score is None
+        ]
+        own_columns = None if world.size == 1 else world.part(ctx.size, setting.unit)
+        add = fused(_added_up, grad, ctx.size**2)
+        G = add(grad, ctx.gradients, of_turned, of_moments, setting.columns, own_columns, ctx.size)
+        return G, None, *of_given
+
+
+class _Made(NamedTuple):
+    """energy: (d,). read: M R1 of this process's columns, (d, own)."""
+
+    energy: Tensor
+    read: Tensor
+
+
+def _made(moments: Moments, rotation: RoundedRotation, setting: _Setting) -> _Made:
+    own = setting.world.own(rotation.rows, 0, setting.unit)
+    read = moments.M @ own.mT
+    diagonal = fused(_diagonal, read)(own, read)
+    energy = 1 / diagonal if moments.is_inverse else diagonal
+    return _Made(setting.world.gather_rows(energy, len(rotation.rows), setting.unit), read)
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def _diagonal(rows: Tensor, read: Tensor) -> Tensor:
+    """diag(R^T M R) from R^T and M R, in float32 or float64."""
+    wide = torch.promote_types(read.dtype, torch.float32)
+    return (rows.mT.to(wide) * read.to(wide)).sum(0)
+
+
+Gradient = tuple[Tensor, Tensor]
+"""G (d, d'), the gradient by columns of R but for a factor of each column, and these factors, (d',)."""
 
 
 def _score_of_parts(
-    rotation: Tensor, energy: Tensor | None, weight: RotatedWeight, score: Score
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score a rotated weight, part by part. Returns: the score, its gradients by the rotation and by the energy."""
-    W, wide = weight.W, torch.promote_types(rotation.dtype, torch.float32)
-    num_inputs, num_outputs = len(W), rotation.shape[1] if weight.writes else W.shape[1]
-    total = torch.zeros((), dtype=wide, device=W.device)
-    of_energy = torch.zeros(num_inputs, dtype=wide, device=W.device)
-    num_parts = math.ceil(num_inputs * num_outputs / PART)
-    G = None if num_parts == 1 else torch.zeros(rotation.shape, dtype=wide, device=W.device)
-    whole = torch.arange(num_inputs if weight.by_input else num_outputs)
-    for part in whole.tensor_split(num_parts) if num_parts else ():
-        span = slice(int(part[0]), int(part[-1]) + 1)
-        rows, columns = (span, slice(None)) if weight.by_input else (slice(None), span)
-        T = W[rows] @ rotation[:, columns] if weight.writes else rotation.mT[rows] @ W[:, columns]
-        value, D, found = fused(_score_part, T)(T, None if energy is None else energy[rows], score)
+    rotation: RoundedRotation, energy: Tensor | None, weight: RotatedWeight, score: Score
+) -> tuple[Tensor, list[Gradient], Tensor]:
+    """Score a rotated weight, part by part. Returns: the score, its gradients by R in terms, and by the energies."""
+    factor, num_rows, n = weight.factor, len(rotation.rows), weight.factor.X.shape[1]
+    eight_bits = factor.mirrored is not None
+    of_T = torch.bfloat16 if eight_bits else rotation.rows.dtype
+    length = n if weight.by_column else num_rows
+    num_parts = min(math.ceil(num_rows * n * of_T.itemsize / PART), math.ceil(length / ALIGNED))
+    total = torch.zeros((), dtype=torch.promote_types(of_T, torch.float32), device=factor.X.device)
+    gradients: list[Gradient] = []
+    of_energies = []
+    for part in range(num_parts):
+        start, stop = (min(length, ALIGNED * (-(-length // ALIGNED) * i // num_parts)) for i in (part, part + 1))
+        span = slice(start, stop)
+        own, rows = (factor.columns(span), slice(None)) if weight.by_column else (factor, span)
+        one = RoundedRotation(rotation.rows[rows], None if rotation.scale is None else rotation.scale[rows])
+        T = rotated(one, own)
+        strength = None if energy is None else energy[rows]
+        if own.scale is not None:
+            strength = own.scale.expand(len(T)) if strength is None else strength * own.scale
+        importances = (T, one.scale, strength, own.counts)
+        value, unit, marks = fused(_summed, T)(*importances, score.summary)
+        dtype = GRADIENT8 if eight_bits else T.dtype
+        D, by_strength, by_row = fused(_sloped, T)(*importances, unit, marks, score.slope, dtype)
         total += value
-        of_energy[rows] += found
-        of_part = product(W[rows], D) if weight.writes else product(W[:, columns].mT, D.mT)
-        if G is None:
-            return total, of_part, of_energy
-        G[:, columns if weight.writes else rows] += of_part
-    assert G is not None
-    return total, G, of_energy
+        gradients.append((gradient_of_rotation(own, D), by_row))
+        of_energies.append(by_strength if own.scale is None else by_strength * own.scale)
+    if not num_parts:  # the share of a process may be empty
+        return total, [], total.new_zeros(num_rows)
+    if weight.by_column:
+        return total, gradients, reduce(torch.add, of_energies)
+    whole = (torch.cat([G for G, _ in gradients], 1), torch.cat([by_row for _, by_row in gradients]))
+    return total, [whole if num_parts > 1 else gradients[0]], torch.cat(of_energies)
+
+
+Vector = Tensor | None
+
+
+def _importances(T: Tensor, scale: Vector, strength: Vector, counts: Vector) -> tuple[Tensor, Tensor]:
+    """scale T in float32 or float64, and S = (scale T)^2 * strength * counts; counts are along columns, else rows."""
+    T = T.to(torch.promote_types(T.dtype, torch.float32))
+    if scale is not None:
+        T = T * scale[:, None]
+    S = T.square()
+    if strength is not None:
+        S = S * strength[:, None]
+    return T, S if counts is None else S * counts
+
+
+def _summed(
+    T: Tensor, scale: Vector, strength: Vector, counts: Vector, summary: Callable[..., Any]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The summary of a score of the importances."""
+    found: tuple[Tensor, Tensor, tuple[Tensor, ...]] = summary(_importances(T, scale, strength, counts)[1])
+    return found
+
+
+def _sloped(
+    T: Tensor,
+    scale: Vector,
+    strength: Vector,
+    counts: Vector,
+    unit: Tensor,
+    marks: Sequence[Tensor],
+    slope: Callable[..., Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D in `dtype` and a factor of each row, which together are a score's gradient by scale T; its own by strength."""
+    T, S = _importances(T, scale, strength, counts)
+    D = T * slope(S, *marks)
+    if counts is not None:
+        D = D * counts
+    if dtype == GRADIENT8:  # a column that all but misses the strongest row can have a slope of n units
+        D = D.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    by_strength = (D * T).sum(1) * unit
+    by_row = 2 * unit * (torch.ones_like(by_strength) if strength is None else strength)
+    return D.to(dtype), by_strength, by_row
 
 
 def _added_up(
     grad: Tensor,
-    of_scores: Sequence[tuple[bool, Tensor]],
+    of_scores: Sequence[tuple[bool, Tensor, Tensor]],
     of_products: Sequence[tuple[bool, Tensor]],
+    of_moments: Sequence[tuple[Tensor, Tensor]],
     columns: Columns,
+    own: slice | None,
+    size: int,
 ) -> Tensor:
-    """Gradients by R and by its columns (True), those of the scores times what follows from the score, in one sum."""
-    size = len((*of_scores, *of_products)[0][1])
-    terms = [(is_part, G * grad) for is_part, G in of_scores] + list(of_products)
-    return reduce(torch.add, [columns.spread(G, size) if is_part else G for is_part, G in terms])
-
-
-class _Scored(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, T: Tensor, energy: Tensor | None, score: Score) -> Tensor:
-        value, D, of_energy = fused(_score_part, T)(T, energy, score)
-        ctx.save_for_backward(D, of_energy)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        D, of_energy = ctx.saved_tensors
-        return D * grad.to(D.dtype), of_energy * grad if ctx.needs_input_grad[1] else None, None
-
-
-def _score_part(T: Tensor, energy: Tensor | None, score: Score) -> tuple[Tensor, Tensor, Tensor]:
-    """Score T^2 * energy. Returns: the score, and its gradients by T, in T's dtype, and by energy."""
-    T32 = T.to(torch.promote_types(T.dtype, torch.float32))
-    S = T32.square()
-    if energy is not None:
-        S *= energy[:, None]
-    value, slope = score(S)
-    D = T32 * slope
-    of_energy = (D * T32).sum(1)
-    D *= 2 if energy is None else 2 * energy[:, None]
-    return value, D.to(T.dtype), of_energy
-
-
-def importance_score(T: Tensor, energy: Tensor | None, score: Score) -> Tensor:
-    """The score of the importances T^2 * energy. Differentiable by both.
-
-    Args:
-        T: W^T (d_in, d_out), times the root of what each output counts. energy: (d_in,), of the inputs, or None.
-    """
-    value: Tensor = _Scored.apply(T, energy, score)
-    return value
+    """The gradient by R, (d, size), as one sum of terms, of all its columns or of `columns` (True)."""
+    terms = [(is_part, G * (by_column * grad)) for is_part, G, by_column in of_scores]
+    terms += [(is_part, G.to(grad.dtype)) for is_part, G in of_products]
+    whole = [columns.spread(G, size) if is_part else G for is_part, G in terms]
+    return reduce(torch.add, [*whole, *(Columns(own).spread(read * g, size) for read, g in of_moments)])
 
 
 def rotated_scores(
     R: Tensor,
-    energies: Sequence[Tensor | None],
+    energies: Sequence[Tensor | Moments | None],
     weights: Sequence[RotatedWeight],
+    products: Products = None,
     columns: Columns = ALL_COLUMNS,
-) -> tuple[Tensor, ...]:
-    """The sum of the scores of some weights' importances T^2 * energy, with T the rotated weight. Differentiable.
+    world: World = ALONE,
+    unit: int = 1,
+) -> Rotated:
+    """Score the rotated weights' importances. Differentiable by R and the energies given, as is all that is returned.
 
     Args:
-        R: (d, d) float32 or float64; energies: (d_in,) of each weight's inputs, or None.
-        weights: of one dtype. columns: those of R with which the weights that write are multiplied.
-    Returns: the sum, (), and T, (d_in, d_out), of each weight that has no score, in the weights' dtype.
+        R: (d, d) float32 or float64, orthogonal. energies: (d,) each, or what R makes them of.
+        columns: those of R with which the weights that write are multiplied.
+        world: the processes that share the columns of which Moments make energies, by multiples of `unit`. What each
+            of them makes of these energies is taken as a term of one sum.
     """
-    found: tuple[Tensor, ...] = _Rotated.apply(R, columns, weights, *energies)
-    return found
+    moments = [source if isinstance(source, Moments) else None for source in energies]
+    given = [None if isinstance(source, Moments) else source for source in energies]
+    score, *rest = _Rotated.apply(R, _Setting(moments, weights, columns, products, world, unit), *given)
+    found = [rest.pop(0) if isinstance(source, Moments) else source for source in energies]
+    return Rotated(score, found, rest)
+
+
+class _Scored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, T: Tensor, energy: Tensor | None, dim: int, score: Score) -> Tensor:
+        strength, counts = (energy, None) if dim == 0 else (None, energy)
+        value, unit, marks = fused(_summed, T)(T, None, strength, counts, score.summary)
+        D, of_energy = fused(_sloped_whole, T)(T, energy, dim, unit, marks, score.slope)
+        ctx.save_for_backward(D, of_energy)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        D, of_energy = ctx.saved_tensors
+        return D * grad.to(D.dtype), of_energy * grad if ctx.needs_input_grad[1] else None, None, None
+
+
+def _sloped_whole(
+    T: Tensor, energy: Tensor | None, dim: int, unit: Tensor, marks: Sequence[Tensor], slope: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a score of T^2 * energy by T, in T's dtype, and by energy."""
+    wide = T.to(torch.promote_types(T.dtype, torch.float32))
+    S, along = wide.square(), None if energy is None else energy.unsqueeze(1 - dim)
+    by_importance = slope(S if along is None else S * along, *marks) * unit
+    D = 2 * wide * by_importance
+    return (D if along is None else D * along).to(T.dtype), (S * by_importance).sum(1 - dim)
+
+
+def importance_score(T: Tensor, energy: Tensor | None, score: Score, dim: int = 0) -> Tensor:
+    """The score of the importances T^2 * energy. Differentiable by both.
+
+    Args:
+        T: (d, n), times the root of what each output counts. energy: of the inputs, which lie along `dim`, or None.
+    """
+    value: Tensor = _Scored.apply(T, energy, dim, score)
+    return value

@@ -16,7 +16,7 @@ SIZES = {
         hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, head_dim=128
     ),
 }
-PEAKS = {"bfloat16": 790e12, "tf32": 400e12, "float32": 50e12, "bytes": 4e12}
+PEAKS = {"float8": 1400e12, "bfloat16": 790e12, "tf32": 400e12, "float32": 50e12, "bytes": 4e12}
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,20 @@ def test_moments_of_the_widest_inputs_count_what_was_counted_by_hand():
     assert whole.operations == sum(bounds.moments(size, 128 * 2048).operations for size in (4096, 4096, 4096, 14336))
 
 
-def test_a_retraction_and_an_update_are_six_and_eight_cubes():
-    assert bounds.retraction(SIZES["8B"]).operations == 6 * 4096**3
-    assert bounds.rotation_update(SIZES["8B"]).operations == 8 * 4096**3
+def test_in_8_bits_are_the_products_with_what_r1_alone_turns():
+    sizes = SIZES["8B"]
+    rounded, exact = (bounds.rotation_step(sizes, batches=2, in_float8=in_8) for in_8 in (True, False))
+    assert rounded.operations == exact.operations
+    alone = sum(
+        d_out * d_in for name, (d_out, d_in) in bounds.linear_shapes(sizes).items() if name not in ("value", "output")
+    )
+    assert rounded.float8 == 4 * 4096 * alone / 2
+    assert exact.float8 == 0
+
+
+def test_a_retraction_and_an_update_are_five_and_seven_cubes():
+    assert bounds.retraction(SIZES["8B"]).operations == 5 * 4096**3
+    assert bounds.rotation_update(SIZES["8B"]).operations == 7 * 4096**3
 
 
 @families
@@ -72,9 +83,10 @@ def test_prefill_is_bound_by_operations_and_decoding_by_bytes():
 
 
 def test_work_takes_the_longer_of_computing_and_moving_bytes():
-    peaks = {"bfloat16": 10.0, "tf32": 5.0, "float32": 1.0, "bytes": 2.0}
-    work = Work(bfloat16=10, tf32=5, float32=1, bytes=4)
+    peaks = {"float8": 20.0, "bfloat16": 10.0, "tf32": 5.0, "float32": 1.0, "bytes": 2.0}
+    work = Work(float8=10, bfloat16=5, tf32=5, float32=1, bytes=4)
     assert work.seconds(peaks) == 3
+    assert work.operations == 21
     assert (work * 2).seconds(peaks) == 6
     assert (work + Work(bytes=20)).seconds(peaks) == 12
     assert not (work + Work(bytes=20)).is_computing(peaks)

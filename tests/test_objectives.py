@@ -350,11 +350,11 @@ def test_moments_that_are_not_positive_definite_make_the_objective_nan(salience:
 @pytest.mark.parametrize("sparsity", GROUPS, ids=lambda sparsity: sparsity.label)
 def test_of_equal_importances_a_group_loses_as_many_as_its_mask_removes(sparsity: SparsityConfig) -> None:
     S = torch.tensor([1.0, 2.0, 2.0, 2.0]).repeat(2, 6)
-    assert float(removal(sparsity)(S.mT)[0]) == removed_reference(S, sparsity)
+    assert float(removal(sparsity, 0).summary(S.mT)[0]) == removed_reference(S, sparsity)
 
 
 def test_a_ratio_that_removes_nothing_of_a_row_removes_no_importance() -> None:
-    assert float(removal(SparsityConfig(ratio=0.05))(torch.ones(8, 2))[0]) == 0
+    assert float(removal(SparsityConfig(ratio=0.05), 0).summary(torch.ones(8, 2))[0]) == 0
 
 
 def test_objectives_of_several_layers_add_up_over_one_r1_and_each_its_own_r2() -> None:

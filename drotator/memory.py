@@ -24,9 +24,11 @@ from drotator.statistics import MOMENT_ROWS
 MARGIN = 1.05
 WORKSPACE = 500_000_000
 """What the libraries of a GPU take beside tensors, and the process beside them on the host."""
-LEARNING = (14, 7)
-"""Float32 matrices of the size of R1 that live in a step (of the optimizer, the gradients, the best iterate, value and
-output), and of the size of the part of the weights that is scored at once."""
+LEARNING = 14
+"""Float32 matrices of the size of R1 that live in a step: of the optimizer, the gradients, the best iterate, value and
+output."""
+SCORING = {True: 4, False: 7}
+"""Likewise of the size of the part of the weights that is scored at once, in compiled passes over 16 bits or not."""
 PRUNING = {"magnitude": (1, 5, 8), "wanda": (1, 5, 8), "sparsegpt": (3, 5, 10), "admm": (7, 9, 16), "none": (1, 5, 6)}
 """Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too; of the weight
 when two that read the same inputs are pruned together."""
@@ -70,7 +72,7 @@ def memory_needs(
 
     Args:
         itemsize: bytes of a weight as it is stored.
-        is_gpu: weights stored in 16 bits are multiplied by R1 in 16 bits, which a CPU does not do.
+        is_gpu: weights stored in 16 bits are multiplied by R1 in 16 bits or 8, which a CPU does not do.
     """
     d, m, o = sizes.hidden_size, sizes.intermediate_size, sizes.input_size("output")
     calibration, is_rotated = settings.calibration, settings.rotation.name != "none"
@@ -92,10 +94,10 @@ def memory_needs(
     if is_rotated:
         dense = weights + copies + squares
         stages["statistics"] = dense + max(forward, calibration.seqlen * graph)
-        squares_of_step, parts = LEARNING
-        product = 2 if itemsize == 2 and is_gpu else 4
-        scored = product * layer_parameters + 4 * parts * min(PART, 2 * m * d)
-        stages["learning"] = dense + scored + 4 * squares_of_step * d * d
+        is_rounded = itemsize == 2 and is_gpu
+        product = 2 if is_rounded else 4  # of 8 bits there are two
+        scored = product * layer_parameters + 4 * SCORING[is_rounded] * min(PART // product, 2 * m * d)
+        stages["learning"] = dense + scored + 4 * LEARNING * d * d
         stages["merging"] = dense + 8 * (3 * m * d + 4 * d * d)
     if settings.reconstruct.name != "none":
         stages["reconstruction"] = 2 * weights + 6 * copies + tokens * graph

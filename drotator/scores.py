@@ -250,7 +250,8 @@ class _Rotated(torch.autograd.Function):
             of_energy = None if found is None else found * grad
             of_given.append(of_energy if is_wanted else None)
             if moments is not None:
-                g = world.own(world.all_reduce_(_plus(of_energy, next(rest))), 0, setting.unit)
+                total = _plus(of_energy, next(rest)).clone()  # autograd's own may be shared
+                g = world.own(world.all_reduce_(total), 0, setting.unit)
                 own = world.own(made.energy, 0, setting.unit)
                 of_moments.append((made.read, -2 * own.square() * g if moments.is_inverse else 2 * g))
         of_turned = [

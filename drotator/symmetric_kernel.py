@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drotator.triton_support import tl, triton, works
+from drotator.triton_support import descriptor, tl, triton, works
 
 SMALLEST = 2048
 """n from which on half the tiles are enough to keep a GPU busy."""
 CAPABILITY = (9, 0)
-"""Of GPUs whose shared memory holds the stages."""
+"""Of GPUs that copy tiles of a matrix to shared memory by themselves, and have room there for the stages."""
 TILE = 128
 DEPTH = 64
 """Columns of A that are loaded at a time, 128 bytes."""
 ROWS_TOGETHER = 8  # rows of tiles whose programs run at the same time and find each other's columns in the L2 cache
-LAUNCH = {"num_warps": 8, "num_stages": 3}  # registers and shared memory for two programs a multiprocessor
+LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
 def add_product(
@@ -95,29 +95,28 @@ def multiply(A: Tensor, B: Tensor, D: Tensor | None, symmetry: int, beta: float,
     n = len(A)
     C = torch.empty((n, n), device=A.device, dtype=A.dtype)
     num_rows = n // TILE
-    strides = (*A.stride(), *B.stride())
-    sizes = (TILE, DEPTH, ROWS_TOGETHER)
+    has_columns = B.stride(0) == 1
+    rows = descriptor(A.contiguous(), [TILE, DEPTH])
+    columns = descriptor(B.mT, [TILE, DEPTH]) if has_columns else descriptor(B.contiguous(), [DEPTH, TILE])
     D = None if D is None else D.contiguous()
+    sizes = (has_columns, TILE, DEPTH, ROWS_TOGETHER)
     with torch.cuda.device_of(A):  # Triton launches on the current device, whatever the tensors' own is
         _kernel[(num_rows * (num_rows + 1) // 2,)](
-            A, B, D, C, n, *strides, alpha, beta, float(symmetry), *sizes, **LAUNCH
+            rows, columns, D, C, n, alpha, beta, float(symmetry), *sizes, **LAUNCH
         )
     return C
 
 
 def _multiply_tile(
-    A: tl.tensor,  # (n, n)
-    B: tl.tensor,  # (n, n)
+    A: tl.tensor_descriptor,  # (n, n), tiles (TILE, DEPTH)
+    B: tl.tensor_descriptor,  # (n, n), tiles (DEPTH, TILE), or B^T, tiles (TILE, DEPTH)
     D: tl.tensor | None,  # (n, n), its rows contiguous
     C: tl.tensor,  # (n, n), its rows contiguous, out
     n: int,
-    row_of_A: tl.tensor,  # strides, integers: of what is declared as int Triton does not see that it is 1
-    column_of_A: tl.tensor,
-    row_of_B: tl.tensor,
-    column_of_B: tl.tensor,
     alpha: float,
     beta: float,
     symmetry: float,
+    HAS_COLUMNS: tl.constexpr,  # B is B^T
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS_TOGETHER: tl.constexpr,
@@ -132,29 +131,25 @@ def _multiply_tile(
     place = tl.program_id(0)
     first = (tl.sqrt(2.0 * place + 1.0) - 0.5).to(tl.int32) // ROWS_TOGETHER * ROWS_TOGETHER
     place -= first * (first + 1) // 2
-    rows = tl.minimum(ROWS_TOGETHER, n // TILE - first)
-    if place < first * rows:
-        i = first + place % rows
-        j = place // rows
+    together = tl.minimum(ROWS_TOGETHER, n // TILE - first)
+    if place < first * together:
+        i = first + place % together
+        j = place // together
     else:
-        place -= first * rows
+        place -= first * together
         i = (tl.sqrt(2.0 * place + 1.0) - 0.5).to(tl.int32)
         j = first + place - i * (i + 1) // 2
         i += first
     row = i * TILE + tl.arange(0, TILE)
     column = j * TILE + tl.arange(0, TILE)
-    inner = tl.arange(0, DEPTH)
-    of_A = A + row[:, None] * row_of_A + inner[None, :] * column_of_A
-    of_B = B + inner[:, None] * row_of_B + column[None, :] * column_of_B
-    if D is not None:  # in the end, its layout in registers would be one too many for two programs a multiprocessor
-        tile = beta / alpha * tl.load(D + row[:, None] * n + column[None, :]).to(tl.float32)
-    else:
-        tile = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for _ in range(0, n, DEPTH):
-        tile = tl.dot(tl.load(of_A), tl.load(of_B), tile, input_precision="tf32")
-        of_A += DEPTH * column_of_A
-        of_B += DEPTH * row_of_B
+    tile = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for inner in range(0, n, DEPTH):
+        rows = A.load([i * TILE, inner])
+        columns = tl.trans(B.load([j * TILE, inner])) if HAS_COLUMNS else B.load([inner, j * TILE])
+        tile = tl.dot(rows, columns, tile, input_precision="tf32")
     tile *= alpha
+    if D is not None:
+        tile += beta * tl.load(D + row[:, None] * n + column[None, :]).to(tl.float32)
     if i == j:  # it is stored over itself
         tile = 0.5 * (tile + symmetry * tl.trans(tile))
     tl.store(C + row[:, None] * n + column[None, :], tile.to(C.dtype.element_ty))

@@ -13,6 +13,8 @@ import torch
 
 triton: Any = import_module("triton") if find_spec("triton") else None
 tl: Any = import_module("triton.language") if triton else None
+descriptor: Any = import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor if triton else None
+"""(matrix, shape of the tiles) -> what kernels load tiles of it by."""
 
 logger = logging.getLogger(__name__)
 

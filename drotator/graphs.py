@@ -16,7 +16,7 @@ from drotator.distributed import ALONE, World
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_CALLS = 3
+WARM_UP_CALLS = 2
 COMPILED = 2**22
 """Elements from which on the work on a matrix on a GPU is worth the seconds that compiling takes."""
 KERNELS = 64

@@ -27,7 +27,7 @@ WORKSPACE = 500_000_000
 LEARNING = 14
 """Float32 matrices of the size of R1 that live in a step: of the optimizer, the gradients, the best iterate, value and
 output."""
-SCORING = {True: 4, False: 7}
+SCORING = {True: 4, False: 6}
 """Likewise of the size of the part of the weights that is scored at once, in compiled passes over 16 bits or not."""
 PRUNING = {"magnitude": (1, 5, 8), "wanda": (1, 5, 8), "sparsegpt": (3, 5, 10), "admm": (7, 9, 16), "none": (1, 5, 6)}
 """Float32 matrices of the size of H and of the weight that live while a pruner works, H and weight too; of the weight

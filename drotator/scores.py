@@ -415,18 +415,21 @@ def rotated_scores(
 
 
 class _Scored(torch.autograd.Function):
+    """The gradient by T is made when its factor is known: another pass over it would take as long as the score."""
+
     @staticmethod
     def forward(ctx: Any, T: Tensor, energy: Tensor | None, dim: int, score: Score) -> Tensor:
         strength, counts = (energy, None) if dim == 0 else (None, energy)
         value, unit, marks = fused(_summed, T)(T, None, strength, counts, score.summary)
-        D, of_energy = fused(_sloped_whole, T)(T, energy, dim, unit, marks, score.slope)
-        ctx.save_for_backward(D, of_energy)
+        ctx.save_for_backward(T, energy, unit, *marks)
+        ctx.dim, ctx.slope = dim, score.slope
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        D, of_energy = ctx.saved_tensors
-        return D * grad.to(D.dtype), of_energy * grad if ctx.needs_input_grad[1] else None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        T, energy, unit, *marks = ctx.saved_tensors
+        of_T, of_energy = fused(_sloped_whole, T)(T, energy, ctx.dim, unit * grad, marks, ctx.slope)
+        return of_T, of_energy if ctx.needs_input_grad[1] else None, None, None
 
 
 def _sloped_whole(

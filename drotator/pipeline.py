@@ -30,6 +30,7 @@ from drotator.plots import (
     plot_perplexity,
 )
 from drotator.preparation import Job, prepare
+from drotator.products import choose_products, name_of
 from drotator.pruning import (
     LayerContext,
     importances_of_gate,
@@ -118,7 +119,7 @@ def conclude(
         "objective": settings.objective.name,
         "optimizer": settings.optimizer.name,
     }
-    is_rotated = settings.rotation.name != "none"
+    is_rotated, stored = settings.rotation.name != "none", (job.source.sizes, job.source.dtype, job.device)
     with watch.measure("load"):
         export_checkpoint(settings.rotation, run, job.source, dict(names), job.device)
     with watch.measure("evaluate"):
@@ -145,6 +146,7 @@ def conclude(
             "steps": settings.optimizer.steps,
             "learning_rate": settings.optimizer.learning_rate,
             **details_of(settings),
+            "optimizer.products": name_of(choose_products(settings.optimizer, *stored)) if is_rotated else "",
             "device": device_name(job.device),
             "processes": job.world.size,
             "offload": job.memory.level,

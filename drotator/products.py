@@ -53,6 +53,11 @@ def choose_products(
     return torch.bfloat16 if why_not_8 else FLOAT8
 
 
+def name_of(products: Products) -> str:
+    """As the setting names it."""
+    return next(name for name, dtype in DTYPES.items() if dtype == products)
+
+
 def why_not_float8(sizes: LayerSizes, batches: int, device: torch.device) -> str:
     """What keeps 8-bit products from a model's layers, in words; empty if nothing does."""
     if device.type == "cuda" and not multiplies_8_bits(device):

@@ -5,7 +5,7 @@
 # whole batch. Where a result has eval/metrics.json, the run had eval=none and `drotator eval` measured its checkpoint.
 # Usage: [JOBS=3] scripts/smollm2_table.sh PART FOLDER [overrides for every run]
 #   PART: paper (its pruners and objective), ours (all that goes beyond), seeds (calibration seeds),
-#   fifty (what helps at 50%), or all
+#   fifty (what helps at 50%), float8 (seeds and steps with products in 8 bits; needs a GPU that has them), or all
 set -euo pipefail
 part=$1
 export folder=$2
@@ -40,15 +40,26 @@ ours() {
 }
 
 seeds() {
+    local words="eval=perplexity model.dtype=bfloat16 optimizer.products=bfloat16"
     for seed in 0 1 2; do
-        echo "sparsegpt-2of4-per_layer-seed$seed eval=perplexity model.dtype=bfloat16 calibration.seed=$seed"
-        echo "sparsegpt-2of4-none-seed$seed eval=perplexity model.dtype=bfloat16 rotation=none calibration.seed=$seed"
-        echo "sparsegpt-50-per_layer-seed$seed eval=perplexity model.dtype=bfloat16 sparsity=50 calibration.seed=$seed"
+        echo "sparsegpt-2of4-per_layer-seed$seed $words calibration.seed=$seed"
+        echo "sparsegpt-2of4-none-seed$seed $words rotation=none calibration.seed=$seed"
+        echo "sparsegpt-50-per_layer-seed$seed $words sparsity=50 calibration.seed=$seed"
     done
 }
 
+float8() {
+    local words="eval=perplexity model.dtype=bfloat16"
+    for seed in 0 1 2; do
+        echo "sparsegpt-2of4-per_layer-float8-seed$seed $words calibration.seed=$seed"
+        echo "sparsegpt-2of4-per_layer-float8-100-seed$seed $words calibration.seed=$seed optimizer.steps=100"
+        echo "sparsegpt-50-per_layer-float8-seed$seed $words calibration.seed=$seed sparsity=50"
+    done
+    echo "sparsegpt-2of4-entropy-float8 $words objective=entropy optimizer=riemannian_adam"
+}
+
 fifty() {
-    local words="eval=perplexity eval.perplexity=[wikitext2] model.dtype=bfloat16 sparsity=50"
+    local words="eval=perplexity eval.perplexity=[wikitext2] model.dtype=bfloat16 optimizer.products=bfloat16 sparsity=50"
     echo "sparsegpt-50-per_layer-uniform eval=perplexity sparsity=50 pruner.weights=uniform"
     echo "sparsegpt-50-per_layer-bfloat16 $words"
     echo "sparsegpt-50-per_layer-cold $words optimizer.warm_start=false"
@@ -60,7 +71,7 @@ fifty() {
     echo "sparsegpt-50-entropy-0.03-float32 eval=perplexity $entropy optimizer.learning_rate=0.03"
 }
 
-all() { paper && ours && seeds && fifty; }
+all() { paper && ours && seeds && fifty && float8; }
 
 run() {
     local name=$1

@@ -18,7 +18,7 @@ from drotator.config import PruneConfig
 from drotator.distributed import ALONE, World
 from drotator.offload import LEVELS
 from drotator.resources import free_memory
-from drotator.scores import PART
+from drotator.rotated_scores import PART
 from drotator.statistics import MOMENT_ROWS
 
 MARGIN = 1.05

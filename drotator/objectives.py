@@ -19,17 +19,9 @@ from drotator.architecture import LayerSizes, LayerSpec
 from drotator.config import ObjectiveConfig, SparsityConfig
 from drotator.distributed import ALIGNED, ALONE, World
 from drotator.products import Factor, Products, factor_of, sixteen_bits
+from drotator.rotated_scores import ALL_COLUMNS, Columns, Moments, RotatedWeight, rotated_scores
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
-from drotator.scores import (
-    ALL_COLUMNS,
-    Columns,
-    Moments,
-    RotatedWeight,
-    entropy_along,
-    importance_score,
-    removal,
-    rotated_scores,
-)
+from drotator.scores import entropy_along, importance_score, removal
 
 Objective = Callable[..., Tensor]
 """(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, number of one of the batches whose mean is

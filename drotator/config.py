@@ -459,7 +459,7 @@ class BenchOptions:
     """
 
     objectives: list[str] = field(default_factory=list)
-    steps: int = 10
+    steps: int = 40
     paper: bool = False
     layers: int = 2
     batch_size: int = 32

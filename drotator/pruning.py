@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from drotator.architecture import LayerSizes, LayerSpec, linear
 from drotator.config import PruneConfig, PrunerConfig, SparsityConfig
 from drotator.distributed import ALONE, World
+from drotator.energies import column_energy, output_weights
 from drotator.objectives import (
     INPUT_OF,
     LayerProblem,
     Objective,
     build_objective,
     chosen_salience,
-    column_energy,
     needed_hessians,
-    output_weights,
     with_gradients,
 )
 from drotator.permutation import search_order

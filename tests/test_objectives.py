@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drotator.architecture import PRE_NORM, LayerSizes
 from drotator.config import SALIENCES, ObjectiveConfig, PrunerConfig, SparsityConfig
+from drotator.energies import column_energy
 from drotator.objectives import (
     INPUT_OF,
     LayerProblem,
     Objective,
     build_objective,
     chosen_salience,
-    column_energy,
     needed_hessians,
     reader_moments,
     require_batches,
@@ -327,16 +327,6 @@ def test_only_the_moments_that_are_needed_are_read(name: str, salience: str) -> 
     found = objective_of(name, salience, layer=less)(rotation.R1, rotation.R2)
     torch.testing.assert_close(found, objective_of(name, salience)(rotation.R1, rotation.R2))
     assert ("down" in needed) == (name == "pruning_error" and salience != "magnitude")
-
-
-@pytest.mark.parametrize("salience", ["wanda", "obs", "sequential_obs"])
-def test_energies_are_those_of_the_explicit_inverse_in_any_basis(salience: str) -> None:
-    H, R = moments(24, 3), random_rotation().R1
-    torch.testing.assert_close(column_energy(H, R, salience, DAMPING), energy_reference(R.T @ H @ R, salience))
-    torch.testing.assert_close(column_energy(H, None, salience, DAMPING), energy_reference(H, salience))
-    single = column_energy(H.float(), R.float(), salience, DAMPING)
-    assert single.dtype is torch.float32
-    torch.testing.assert_close(single.double(), energy_reference(R.T @ H @ R, salience), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("salience", ["obs", "sequential_obs"])

@@ -21,6 +21,7 @@ from drotator.config import PruneConfig, RotationConfig, describe
 from drotator.console import progress
 from drotator.distributed import World
 from drotator.export import export_checkpoint, merged_rotation
+from drotator.importance import summarise
 from drotator.offload import Offload
 from drotator.plots import (
     plot_importance_curves,
@@ -363,13 +364,13 @@ def prune_layer(
 def draw_importance(run: RunFolder, index: int, spec: LayerSpec, before: Tensor, after: Tensor) -> None:
     """Plot the importance of one linear's weights before and after the rotation.
 
-    It is given tensors of the host alone: the plots leave what the call held to the garbage collector.
+    The plots, which leave what they were given to the garbage collector, get no tensors.
     """
     if not run.world.is_first:
         return
-    title = f"layer {index}, {spec.gate}"
-    plot_importance_image(run.plots / "importance_image.png", before, after, title)
-    plot_importance_curves(run.plots / "importance_curves.png", before, after, title)
+    title, summaries = f"layer {index}, {spec.gate}", (summarise(before), summarise(after))
+    plot_importance_image(run.plots / "importance_image.png", *summaries, title)
+    plot_importance_curves(run.plots / "importance_curves.png", *summaries, title)
 
 
 def layer_note(result: LayerResult) -> str:

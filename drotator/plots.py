@@ -32,7 +32,7 @@ from drotator.config import PERPLEXITY_SETS
 from drotator.results import LayerResult, Metrics, RunReport
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from drotator.importance import ImportanceSummary
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ LINEAR_GROUPS = {
     "down_proj": ("down_proj",),
 }
 LOG_RATIO = 8.0  # Bars whose largest value is more than this times the smallest get a log axis.
-IMAGE_CELLS = 256
 NUM_DEPTHS = 5
 
 
@@ -93,18 +92,16 @@ def plot_objective(path: Path, layers: Sequence[LayerResult]) -> Figure | None:
     return _save(figure, path)
 
 
-def plot_importance_image(path: Path, before: Tensor, after: Tensor, title: str) -> Figure | None:
+def plot_importance_image(path: Path, before: ImportanceSummary, after: ImportanceSummary, title: str) -> Figure | None:
     """Draw the importance of one weight matrix before and after rotation, side by side on one log scale.
 
     Args:
-        before: (d_out, d_in) any float dtype, importance of every weight, >= 0.
-        after: the same shape, after the rotation.
         title: which matrix this is, for example "layer 3, self_attn.q_proj".
     """
-    if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(f"Importance has shape {tuple(before.shape)} before and {tuple(after.shape)} after rotation.")
+    if before.shape != after.shape:
+        raise ValueError(f"Importance has shape {before.shape} before and {after.shape} after rotation.")
     d_out, d_in = before.shape
-    images = [_block_means(importance) for importance in (before, after)]
+    images = [before.image, after.image]
     positive = np.concatenate([image[np.isfinite(image) & (image > 0)] for image in images])
     if positive.size == 0:
         _skip(path, f"no importance in {title} is above 0")
@@ -133,17 +130,15 @@ def plot_importance_image(path: Path, before: Tensor, after: Tensor, title: str)
     return _save(figure, path)
 
 
-def plot_importance_curves(path: Path, before: Tensor, after: Tensor, title: str = "") -> Figure | None:
+def plot_importance_curves(
+    path: Path, before: ImportanceSummary, after: ImportanceSummary, title: str = ""
+) -> Figure | None:
     """Draw the share of the importance that the largest weights hold, before and after rotation.
 
     Left: the share kept against the part of weights kept. Right: what is missing to 100%, on a log scale. All weights
     of the matrix are sorted together.
-
-    Args:
-        before: (d_out, d_in) any float dtype, importance of every weight, >= 0.
-        after: the same shape, after the rotation.
     """
-    shares = [_cumulative_share(importance) for importance in (before, after)]
+    shares = [(summary.kept, summary.share) for summary in (before, after)]
     if not all(np.isfinite(share).all() for _, share in shares):
         _skip(path, f"the importance of {title} has no finite sum above 0")
         return None
@@ -343,31 +338,6 @@ def _label_log_axis(axis: Axis, ratio: float) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _block_means(importance: Tensor) -> np.ndarray:
-    """Average a (d_out, d_in) matrix over blocks, to at most IMAGE_CELLS rows and columns. Returns float64."""
-    image = importance.detach().float().cpu().numpy().astype(np.float64)
-    for axis in (0, 1):
-        size = image.shape[axis]
-        if size > IMAGE_CELLS:
-            edges = np.linspace(0, size, IMAGE_CELLS + 1).round().astype(np.int64)
-            sums = np.add.reduceat(image, edges[:-1], axis=axis)
-            counts = np.diff(edges)
-            image = sums / (counts[:, None] if axis == 0 else counts[None, :])
-    return image
-
-
-def _cumulative_share(importance: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return (part of weights kept, share of importance kept), both from 0 to 1, at 1001 points or fewer.
-
-    The share is nan throughout if the importance has no finite sum above 0.
-    """
-    ordered = importance.detach().float().flatten().sort(descending=True).values.cpu().numpy().astype(np.float64)
-    total = ordered.sum()
-    kept = np.unique(np.linspace(0, ordered.size, 1001).round().astype(np.int64))
-    sums = np.concatenate([[0.0], np.cumsum(ordered)])[kept]
-    return kept / ordered.size, sums / (total if math.isfinite(total) and total > 0 else math.nan)
 
 
 def _last(name: str) -> str:

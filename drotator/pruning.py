@@ -227,9 +227,9 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
 
 
 def importances_of_gate(problem: LayerProblem, rotation: Rotation, settings: PruneConfig) -> tuple[Tensor, Tensor]:
-    """Importance of gate_proj's weights, (m, d) on the CPU, in the dense basis and in that of the rotation."""
+    """Importance of gate_proj's weights, (m, d), in the dense basis and in that of the rotation."""
     W, H = problem.weights["gate"], problem.hessians.get("mlp")
-    return importance(W, H, None, settings).cpu(), importance(W, H, rotation.R1.to(W), settings).cpu()
+    return importance(W, H, None, settings), importance(W, H, rotation.R1.to(W), settings)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from drotator.importance import IMAGE_CELLS, summarise
 from drotator.plots import (
     COLOURS,
-    IMAGE_CELLS,
     plot_comparison,
     plot_importance_curves,
     plot_importance_image,
@@ -86,14 +86,14 @@ def test_objective_of_two_layers_has_two_curves(tmp_path: Path) -> None:
 def test_where_there_is_nothing_to_draw_no_file_is_written_and_the_log_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    zeros = torch.zeros(4, 8)
+    zeros = [summarise(torch.zeros(4, 8))] * 2
     with caplog.at_level(logging.INFO, "drotator"):
         assert plot_objective(tmp_path / "a.png", [make_layer(0), make_layer(1, history=(1.0,))]) is None
         assert plot_objective(tmp_path / "a.png", [make_layer(0, history=(math.nan, 1.0))]) is None
         assert plot_perplexity(tmp_path / "b.png", {"dense": {"piqa": 60.0}}) is None
         assert plot_layers(tmp_path / "c.png", make_report("none", [])) is None
-        assert plot_importance_image(tmp_path / "d.png", zeros, zeros, "zeros") is None
-        assert plot_importance_curves(tmp_path / "e.png", zeros, zeros) is None
+        assert plot_importance_image(tmp_path / "d.png", *zeros, "zeros") is None
+        assert plot_importance_curves(tmp_path / "e.png", *zeros) is None
         assert plot_comparison(tmp_path / "f.png", ["1"], ["plain"], [{"piqa": 60.0}], [{}]) is None
     assert list(tmp_path.iterdir()) == []
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
@@ -105,7 +105,7 @@ def test_importance_image_shows_every_weight_of_a_small_matrix_on_one_scale(tmp_
     before = torch.rand(12, 20, generator=torch.Generator().manual_seed(0)) + 0.5
     after = before.flip(1) * 3
     path = tmp_path / "image.png"
-    figure = drawn(plot_importance_image(path, before, after, "layer 0, q_proj"), path)
+    figure = drawn(plot_importance_image(path, summarise(before), summarise(after), "layer 0, q_proj"), path)
     images = [axes.images[0] for axes in figure.axes[:2]]
     assert images[0].norm is images[1].norm
     np.testing.assert_allclose(images[1].get_array(), np.maximum(after.numpy(), images[0].norm.vmin), rtol=1e-6)
@@ -116,7 +116,7 @@ def test_importance_image_shows_every_weight_of_a_small_matrix_on_one_scale(tmp_
 def test_importance_image_of_a_large_matrix_holds_block_means_and_says_so(tmp_path: Path) -> None:
     d_out, d_in = 2 * IMAGE_CELLS + 100, 3 * IMAGE_CELLS
     before = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(0), dtype=torch.float64).bfloat16()
-    figure = plot_importance_image(tmp_path / "image.png", before, before, "W")
+    figure = plot_importance_image(tmp_path / "image.png", *[summarise(before)] * 2, "W")
     assert figure is not None
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (IMAGE_CELLS, IMAGE_CELLS)
@@ -127,7 +127,7 @@ def test_importance_image_of_a_large_matrix_holds_block_means_and_says_so(tmp_pa
 
 def test_importance_of_two_shapes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\) before and \(3, 2\) after"):
-        plot_importance_image(tmp_path / "image.png", torch.ones(2, 3), torch.ones(3, 2), "W")
+        plot_importance_image(tmp_path / "image.png", summarise(torch.ones(2, 3)), summarise(torch.ones(3, 2)), "W")
 
 
 def test_importance_curves_are_cumulative_shares_of_sorted_importance(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_importance_curves_are_cumulative_shares_of_sorted_importance(tmp_path: 
     after[0, :5] = 7.0
     after[3, 4:9] = 1.0
     path = tmp_path / "curves.png"
-    figure = drawn(plot_importance_curves(path, before, after, "W"), path)
+    figure = drawn(plot_importance_curves(path, summarise(before), summarise(after), "W"), path)
     kept, lost = figure.axes
     uniform, concentrated, half = kept.get_lines()
     np.testing.assert_allclose(uniform.get_ydata(), uniform.get_xdata(), atol=1e-4)

@@ -22,6 +22,7 @@ from drotator.console import progress
 from drotator.distributed import World
 from drotator.export import export_checkpoint, merged_rotation
 from drotator.importance import summarise
+from drotator.objectives import LayerProblem
 from drotator.offload import Offload
 from drotator.plots import (
     plot_importance_curves,
@@ -275,8 +276,7 @@ def learn_shared_rotation(
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
             rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
             if group[position] == job.source.num_layers // 2:
-                importances = importances_of_gate(store.problem(position), rotation, settings)
-                draw_importance(run, group[position], job.source.spec, *importances)
+                draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
             with torch.no_grad():
                 terms = (objective(at.R1, at.R2) for at in (identity, rotation))
                 values = [float(job.world.all_reduce_(term)) for term in terms]
@@ -315,9 +315,7 @@ def prune_layer(
         trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
-            importances = importances_of_gate(dense.problem, trained.rotation, settings)
-            draw_importance(run, context.index, context.spec, *importances)
-            del importances
+            draw_importance(run, context.index, context.spec, dense.problem, trained.rotation, settings)
         merged = merge(context, dense.weights, trained.rotation)
         H = dense.problem.hessians.get("attention")
         known = None if H is None else (merged.R1.mT @ H.double() @ merged.R1).float()
@@ -361,14 +359,17 @@ def prune_layer(
     )
 
 
-def draw_importance(run: RunFolder, index: int, spec: LayerSpec, before: Tensor, after: Tensor) -> None:
+def draw_importance(
+    run: RunFolder, index: int, spec: LayerSpec, problem: LayerProblem, rotation: Rotation, settings: PruneConfig
+) -> None:
     """Plot the importance of one linear's weights before and after the rotation.
 
     The plots, which leave what they were given to the garbage collector, get no tensors.
     """
     if not run.world.is_first:
         return
-    title, summaries = f"layer {index}, {spec.gate}", (summarise(before), summarise(after))
+    title = f"layer {index}, {spec.gate}"
+    summaries = [summarise(importance) for importance in importances_of_gate(problem, rotation, settings)]
     plot_importance_image(run.plots / "importance_image.png", *summaries, title)
     plot_importance_curves(run.plots / "importance_curves.png", *summaries, title)
 

@@ -369,9 +369,9 @@ def draw_importance(
     if not run.world.is_first:
         return
     title = f"layer {index}, {spec.gate}"
-    summaries = [summarise(importance) for importance in importances_of_gate(problem, rotation, settings)]
-    plot_importance_image(run.plots / "importance_image.png", *summaries, title)
-    plot_importance_curves(run.plots / "importance_curves.png", *summaries, title)
+    before, after = (summarise(importance) for importance in importances_of_gate(problem, rotation, settings))
+    plot_importance_image(run.plots / "importance_image.png", before, after, title)
+    plot_importance_curves(run.plots / "importance_curves.png", before, after, title)
 
 
 def layer_note(result: LayerResult) -> str:

@@ -10,11 +10,10 @@ from subprocess import SubprocessError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 triton: Any = import_module("triton") if find_spec("triton") else None
 tl: Any = import_module("triton.language") if triton else None
-descriptor: Any = import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor if triton else None
-"""(matrix, shape of the tiles) -> what kernels load tiles of it by."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,11 @@ FAILURES = (
     SubprocessError,
     *([triton.runtime.errors.TritonError] if triton else []),
 )
+
+
+def descriptor(matrix: Tensor, tile: list[int]) -> Any:
+    """What kernels load tiles of a matrix by, whose rows are contiguous. Triton before 3.3 has none: ImportError."""
+    return import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor(matrix, tile)
 
 
 def works(trial: Callable[[], object], device: torch.device, otherwise: str) -> bool:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a real model, with nothing but Python 3.11+ and a package index: SmolLM2-135M-Instruct, SparseGPT 2:4,
-# dense, plain and rotated side by side. Expected time after installation: 3.5 to 6 minutes on 2 CPU cores, 2 GB of memory.
+# dense, plain and rotated side by side. Expected time after installation: 2 to 5 minutes on 2 CPU cores, 2 GB of memory.
 # Words after it go to the command: scripts/quickstart.sh pruner=wanda
 set -euo pipefail
 

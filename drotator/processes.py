@@ -121,7 +121,7 @@ def is_first_to_fail() -> bool:
 
 
 def leave(exit_code: int) -> None:
-    """Part from the other processes: after a success when all are done; after a failure this ends the process."""
+    """Part from the other processes and end this one, after a success when all are done. A process alone goes on."""
     if _joined is None:
         return
     if exit_code:
@@ -144,6 +144,8 @@ def leave(exit_code: int) -> None:
         _joined.watcher.join()
     World.current().barrier()  # nobody looks into the store any more: the process that keeps it may go
     dist.destroy_process_group()
+    _flush()
+    os._exit(0)  # at an interpreter's end a thread of torch's may be left that it does not join, and abort the process
 
 
 def _watch(joined: _Joined) -> None:

@@ -7,7 +7,6 @@ H^-1 = U^T U (sequential_obs); design: one factor for each input column, so S = 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -185,7 +184,7 @@ def build_objective(
             counted = world.own(counted, 0, head)
         rows = counted if name == "value" else counted.mT
         factor = factor_of([rows], None, sixteen_bits(products), is_scale_free=True)
-        return RotatedWeight(factor, None, writes=name == "output")
+        return RotatedWeight(factor.of_batch(None), None, writes=name == "output")
 
     query_key, gate_up, of_down = reading("query", "key"), reading("gate", "up"), writing_down()
     value, output = turned_twice("value"), turned_twice("output")
@@ -225,8 +224,8 @@ def build_objective(
                 writes=True,
                 by_column=is_entropy,
             ),
-            dataclasses.replace(value, factor=value.factor.of_batch(None)),
-            dataclasses.replace(output, factor=output.factor.of_batch(None)),
+            value,
+            output,
         )
         energies = [energy(inputs, R1) for inputs in ("attention", "mlp")]
         score, (attention_energy, _), (of_value, of_output) = rotated_scores(

@@ -108,13 +108,12 @@ def dealt(W: Tensor, dim: int, batches: int) -> Tensor:
     return W.unflatten(dim, (-1, batches)).movedim(dim + 1, 0).contiguous()
 
 
-def one_of(hands: Tensor, batch: Tensor | None) -> Tensor:
-    """One of what was `dealt`, chosen on the device; without a batch there is only one."""
+def one_of(hands: Tensor, batch: Tensor | None, dim: int = 0) -> Tensor:
+    """One of what lies along a dimension, as what was `dealt` does, chosen on the device; without a batch the first."""
     if batch is None:
-        return hands[0]
-    if hands.itemsize > 1:
-        return hands.index_select(0, batch)[0]
-    return hands.view(torch.uint8).index_select(0, batch)[0].view(hands.dtype)
+        return hands.select(dim, 0)
+    bits = hands.view(torch.uint8) if hands.itemsize == 1 else hands  # numbers of 8 bits have no index_select
+    return bits.index_select(dim, batch).squeeze(dim).view(hands.dtype)
 
 
 def factor_of(

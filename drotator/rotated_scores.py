@@ -24,6 +24,7 @@ from drotator.products import (
     Products,
     RoundedRotation,
     gradient_of_rotation,
+    one_of,
     rotated,
     rounded_rotation,
     sixteen_bits,
@@ -86,11 +87,7 @@ class Columns:
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         own = rows if self.part is None else rows[self.part]
-        if self.batch is None:
-            return own
-        bits = own.view(torch.uint8) if own.itemsize == 1 else own
-        found = bits.unflatten(0, (-1, self.batches)).index_select(1, self.batch).squeeze(1)
-        return found.view(own.dtype)
+        return own if self.batch is None else one_of(own.unflatten(0, (-1, self.batches)), self.batch, 1)
 
     def spread(self, G: Tensor, size: int) -> Tensor:
         """Put columns where `of` found them among `size`, with zeros elsewhere."""

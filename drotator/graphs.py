@@ -4,7 +4,7 @@ once, as a CUDA graph, instead of one by one."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,6 +36,24 @@ def _compiled(function: Function) -> Function:
     dynamo.recompile_limit = max(dynamo.recompile_limit, KERNELS)
     compiled: Any = torch.compile(function, dynamic=False)
     return compiled
+
+
+def side_by_side(calls: Iterable[Callable[[], None]], device: torch.device) -> None:
+    """Make calls that do not need each other's results. On a GPU each runs on a stream of its own, so that one of many
+    small kernels takes no time beside one of large ones; what follows waits for all."""
+    if device.type != "cuda":
+        for call in calls:
+            call()
+        return
+    current = torch.cuda.current_stream(device)
+    streams = []
+    for call in calls:
+        streams.append(torch.cuda.Stream(device))
+        streams[-1].wait_stream(current)
+        with torch.cuda.stream(streams[-1]):
+            call()
+    for stream in streams:
+        current.wait_stream(stream)
 
 
 def captured(step: Callable[[], None], state: Sequence[Tensor], world: World = ALONE) -> Callable[[], None]:

@@ -29,6 +29,8 @@ SMALLEST, SIGN_LIMIT = 0.02, 1.094
 QUINTICS = ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107))
 """a x + b x^3 + c x^5, each with the least largest |1 - p(x)| on what the one before makes of [SMALLEST, 1]; the last
 leaves [2 - SIGN_LIMIT, SIGN_LIMIT]. Greedy choice is optimal: Polar Express, Amsel et al., arXiv 2505.16932."""
+FAINT = 1e-4
+"""A matrix's norm whose eighth power, and that of its inverse, float32 still holds."""
 REFERENCE_SIZE = 576
 """hidden_size at which learning_rate of riemannian_adam is stated."""
 
@@ -162,13 +164,14 @@ class Spectral:
         return self.R
 
     def update(self, G: Tensor, progress: Tensor) -> None:
-        step, omega = fused(step_of_spectral, self.R), direction(self.R, G, self.value_map, self.products)
-        step(self.R, self.average, omega, progress, self.learning_rate, self.momentum, self.value_map, self.products)
+        omega = direction(self.R, G, self.value_map, self.products)
+        average = fused(average_of_directions, omega)(self.average, omega, self.momentum, self.products)
+        fused(step_of_spectral, self.R)(self.R, average, progress, self.learning_rate, self.value_map, self.products)
 
 
 def direction(R: Tensor, G: Tensor, value_map: str, products: Products) -> Tensor:
-    """The gradient in the body frame, (..., n, n), in the dtype of products. Compiled with a step, which reads it
-    often, it would be made anew each time, from A and from A^T."""
+    """The gradient in the body frame, (..., n, n), in the dtype of products. What is made here and in
+    `average_of_directions` is compiled by itself: a step reads it often, and would make it anew each time."""
     project = GROUPS[value_map].project
     return fused(project, R)(rounded_product(R.mT, G, products))
 
@@ -195,23 +198,22 @@ def step_of_adam(
     R.copy_(group.step(R, cut(U, products), MAX_STEP, products))
 
 
-def step_of_spectral(
-    R: Tensor,
-    average: Tensor,
-    omega: Tensor,
-    progress: Tensor,
-    learning_rate: float,
-    momentum: float,
-    value_map: str,
-    products: Products,
-) -> None:
-    """The step of Spectral, in place."""
-    group, omega = GROUPS[value_map], omega.to(R.dtype)
+def average_of_directions(average: Tensor, omega: Tensor, momentum: float, products: Products) -> Tensor:
+    """Take a direction over its norm into the average, in place, and return that in the dtype of products."""
+    omega = omega.to(average.dtype)
     size = torch.linalg.matrix_norm(omega, keepdim=True).clamp_min(torch.finfo(omega.dtype).tiny)
     average.lerp_(omega / size, 1 - momentum)
+    return rounded(average, products)
+
+
+def step_of_spectral(
+    R: Tensor, average: Tensor, progress: Tensor, learning_rate: float, value_map: str, products: Products
+) -> None:
+    """The step of Spectral, in place. average: in the dtype of products."""
+    group = GROUPS[value_map]
     largest = min(math.tan(min(learning_rate, 1.0)), MAX_STEP / SIGN_LIMIT)
     turn = cosine(learning_rate, progress).clamp_max(1.0).tan().clamp_max(largest)
-    U = turn * matrix_sign(average, products, group.symmetry)
+    U = turn * matrix_sign(average, group.symmetry)
     R.copy_(group.step(R, U, largest * SIGN_LIMIT, products))
 
 
@@ -252,7 +254,7 @@ def stretch(M: Tensor, U: Tensor, size: float = MAX_STEP, products: Products = N
     which is (4/3) (3 w)^(1/4) = FLOOR or more, and s but for 1 part in 10^4 from s = 0.3 on. So the condition number
     stays below sqrt(n) / FLOOR, 160 for n = 64.
     """
-    M = M - M @ U
+    M = M - M @ U.to(M.dtype)
     M = M * (math.sqrt(M.shape[-1]) / torch.linalg.matrix_norm(M, keepdim=True))
     N = inverse_transpose(M)
     return M + (0.75 * FLOOR) ** 4 / 3 * N @ (N.mT @ N)
@@ -282,27 +284,27 @@ def cosine(start: float, progress: Tensor) -> Tensor:
     return start * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-def matrix_sign(A: Tensor, products: Products = None, symmetry: int = 0) -> Tensor:
+def matrix_sign(A: Tensor, symmetry: int = 0) -> Tensor:
     """Approximate polar factor of (..., n, n), by odd quintic polynomials. symmetry: -1 if A is skew, else 0.
 
     They bring singular values from SMALLEST to 1 of A, over a bound of its largest, within SIGN_LIMIT of 1 on both
     sides, and lift smaller ones by as much. Odd polynomials keep a skew matrix skew. The bound is the Schatten 8-norm,
     (sum s^8)^(1/8), which the first polynomial's own products give: for a matrix of noise it is far below the Frobenius
-    norm, so that fewer steps do. Source: Muon (Jordan et al., 2024) for the form of the steps.
+    norm, so that fewer steps do. It is 1 / FAINT at most; from FAINT down, what is returned fades with A.
+    Source: Muon (Jordan et al., 2024) for the form of the steps.
     """
-    X = rounded(A / torch.linalg.matrix_norm(A, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny), products)
     for step, (a, b, c) in enumerate(QUINTICS):
-        gram = add_product(X, X.mT, 1)
+        gram = add_product(A, A.mT, 1)
         if step == 0:
             square = add_product(gram, gram, 1)
             bound = torch.linalg.matrix_norm(square, keepdim=True).float() ** 0.25
-            scale = torch.exp2(-bound.clamp_min(1e-3).log2().ceil()).to(X.dtype)  # exact in any format
-            X, gram, square = X * scale, gram * scale**2, square * scale**4
+            scale = torch.exp2(-bound.clamp_min(FAINT).log2().ceil()).to(A.dtype)  # exact in any format
+            A, gram, square = A * scale, gram * scale**2, square * scale**4
             of_gram = torch.add(b * gram, square, alpha=c)
         else:
             of_gram = add_product(gram, gram, 1, gram, beta=b, alpha=c)
-        X = add_product(of_gram, X, symmetry, X, beta=a)
-    return X.to(A.dtype)
+        A = add_product(of_gram, A, symmetry, A, beta=a)
+    return A
 
 
 def unchanged(A: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
-"""The paper's optimization step as its released code formulates it, for `drotator bench bench.paper=true` alone.
+"""The paper's optimization step, and SparseGPT, as their released code formulates them, for `drotator bench
+bench.paper=true` alone.
 
-Each linear by itself in bfloat16; R^T H R is formed whole for every linear that reads it, R2 as a dense block-diagonal
-matrix; the rotations are QR factors of free matrices, and autograd goes through all of it at every step. Written anew
-from the description of its cost, without torch.compile (the released code compiles the importances) and without CUDA
-graphs. Source: DenoiseRotator, sections 3.3 and 3.4, and the released code.
+The step: each linear by itself in bfloat16; R^T H R is formed whole for every linear that reads it, R2 as a dense
+block-diagonal matrix; the rotations are QR factors of free matrices, and autograd goes through all of it at every step.
+Written anew from the description of its cost, without torch.compile (the released code compiles the importances) and
+without CUDA graphs. Source: DenoiseRotator, sections 3.3 and 3.4, and the released code.
+
+SparseGPT: each linear by itself, and one column after another.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from drotator.config import PrunerConfig, SparsityConfig
+from drotator.energies import damped
 from drotator.objectives import INPUT_OF, LayerProblem
 
 LEARNING_RATE = 0.01
@@ -80,3 +85,32 @@ def _entropy(S: Tensor) -> Tensor:
     p = S / S.sum(1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
     p = torch.where(p > 0, p, 1)
     return -(p * p.log()).sum()
+
+
+@torch.no_grad()
+def sparsegpt_by_columns(W: Tensor, H: Tensor, sparsity: SparsityConfig, settings: PrunerConfig) -> Tensor:
+    """Prune W, (d_out, d_in), by its inputs' H, (d_in, d_in) without dead inputs: the weights that are left, in place.
+
+    Source: SparseGPT, arXiv 2301.00774, algorithm 1.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(H, settings.damping)))
+    U = torch.linalg.cholesky(inverse, upper=True)
+    gain = U.diagonal().pow(-2)
+    for start in range(0, len(H), settings.block_size):
+        stop = min(start + settings.block_size, len(H))
+        block, errors = W[:, start:stop], torch.zeros_like(W[:, start:stop])
+        gone = torch.zeros_like(block, dtype=torch.bool)
+        if not sparsity.is_grouped:
+            importance = (block.square() * gain[start:stop]).flatten()
+            gone.view(-1)[importance.argsort()[: round(sparsity.ratio * len(importance))]] = True
+        for j in range(start, stop):
+            if sparsity.is_grouped and (j - start) % sparsity.group == 0:
+                members = slice(j, j + sparsity.group)
+                least = (W[:, members].square() * gain[members]).topk(sparsity.group - sparsity.keep, largest=False)
+                gone[:, j - start : j - start + sparsity.group].scatter_(1, least.indices, True)
+            error = torch.where(gone[:, j - start], W[:, j], 0) / U[j, j]
+            W[:, j:stop] -= error.outer(U[j, j:stop])
+            errors[:, j - start] = error
+        block[gone] = 0
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return W

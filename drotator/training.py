@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from drotator.config import OptimizerConfig
 from drotator.distributed import ALONE, World
-from drotator.graphs import WARM_UP_CALLS, captured
+from drotator.graphs import WARM_UP_CALLS, captured, side_by_side
 from drotator.objectives import ObjectiveWithGradients
 from drotator.optimizers import OPTIMIZERS
 from drotator.resources import float32_products
@@ -92,9 +93,8 @@ def train_rotation(
         for new, old in zip(rotations, best, strict=True):
             torch.where(is_better, new, old, out=old)
         progress = (step / max(settings.steps, 1)).squeeze()
-        for optimizer, gradient, is_learned in zip(optimizers, gradients, learns, strict=True):
-            if is_learned:
-                optimizer.update(gradient, progress)
+        updates = [partial(each.update, G, progress) for each, G in zip(optimizers, gradients, strict=True)]
+        side_by_side([update for update, is_learned in zip(updates, learns, strict=True) if is_learned], device)
         step.add_(1)
 
     with float32_products(precision):

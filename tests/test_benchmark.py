@@ -21,11 +21,12 @@ from drotator.benchmark import run_bench
 from drotator.benchmark_forms import parts_of
 from drotator.benchmark_inference import FixedCache
 from drotator.benchmark_pruning import time_step
-from drotator.config import BenchConfig, ObjectiveConfig, PruneConfig, SparsityConfig
+from drotator.config import BenchConfig, ObjectiveConfig, PruneConfig, PrunerConfig, SparsityConfig
 from drotator.distributed import World
 from drotator.measurement import Bench, duration, time_call
 from drotator.objectives import LayerProblem, build_objective
-from drotator.paper_formulation import paper_step
+from drotator.paper_formulation import paper_step, sparsegpt_by_columns
+from drotator.pruners.sparsegpt import prune_sparsegpt
 from drotator.rotation import Rotation
 from drotator.shapes import random_moments, shapes_of
 from drotator.statistics import ActivationStream
@@ -87,6 +88,7 @@ def test_pruning_measures_every_part_and_the_paper_beside_it(tmp_path, capsys):
         "Hessian of 48 inputs, 32 tokens",
         "Hessians of a layer, 48 tokens",
         "sparsegpt, 7 linears",
+        "sparsegpt, column by column",
         "layer: load",
         "layer: calibrate",
         "layer: rotate",
@@ -147,7 +149,7 @@ def test_a_step_is_timed_without_what_a_training_costs_beside_its_steps(monkeypa
     step, set_up = time_step(SimpleNamespace(precision="highest"), settings, 10, CPU)  # type: ignore[arg-type]
     assert step.milliseconds == pytest.approx(10, rel=0.3)
     assert set_up == pytest.approx(50, rel=0.5)
-    assert sorted(set(lengths)) == [1, 11]
+    assert sorted(set(lengths)) == [10, 20]
     assert settings.optimizer.steps == 200
 
 
@@ -188,6 +190,16 @@ def test_the_papers_formulation_is_the_entropy_in_bfloat16_and_falls(tmp_path, s
     found = [float(step()) for _ in range(40)]
     assert found[0] == pytest.approx(float(objective(start.R1, start.R2)), rel=0.01)
     assert found[-1] < 0.99 * found[0]
+
+
+@pytest.mark.parametrize("sparsity", [SparsityConfig(keep=2, group=4), SparsityConfig(ratio=0.5)])
+def test_sparsegpt_column_by_column_leaves_what_the_pruner_leaves(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(6, 32, generator=generator, dtype=torch.float64)
+    H = random_moments(32, generator).double()
+    settings = PrunerConfig(name="sparsegpt", block_size=16)
+    (expected,) = prune_sparsegpt([W], H, sparsity, settings)
+    torch.testing.assert_close(sparsegpt_by_columns(W.clone(), H, sparsity, settings), expected.weight)
 
 
 def test_inference_on_a_cpu_says_what_is_not_supported_and_goes_on(tmp_path, capsys):

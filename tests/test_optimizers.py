@@ -199,7 +199,9 @@ def test_matrix_sign_brings_singular_values_near_one_and_keeps_skew_matrices_ske
     large = torch.linalg.svdvals(A) > 0.05 * torch.linalg.matrix_norm(A, keepdim=True)[..., 0]
     assert (values[large] - 1).abs().max() < 0.3
     assert (left.mT @ found @ right.mT).diagonal(dim1=-2, dim2=-1).min() >= 0
-    assert torch.equal(matrix_sign(2.0**20 * A), found)
+    assert torch.equal(matrix_sign(2.0**10 * A), found) and torch.equal(matrix_sign(2.0**-15 * A), found)
+    faint = matrix_sign(1e-9 * A)
+    torch.testing.assert_close(faint / faint.norm(), A / A.norm(), rtol=1e-3, atol=0)
     turned = matrix_sign(skew(A))
     torch.testing.assert_close(turned, -turned.mT, rtol=0, atol=1e-4)
     assert torch.equal(matrix_sign(torch.zeros(shape)), torch.zeros(shape))

@@ -239,6 +239,19 @@ def test_sparsegpt_equals_the_plain_column_recursion(sparsity: SparsityConfig, b
     torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-9)
 
 
+@by_label
+@pytest.mark.parametrize("span", [1, 8, 20])
+def test_what_is_owed_to_later_columns_may_be_paid_at_any_time(
+    sparsity: SparsityConfig, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, H = problem(5, 56, dead=(4,))
+    at_once = prune("sparsegpt", W, H, sparsity, block_size=8)
+    monkeypatch.setattr(sparsegpt, "SPAN", span)
+    found = prune("sparsegpt", W, H, sparsity, block_size=8)
+    assert torch.equal(found.mask, at_once.mask)
+    torch.testing.assert_close(found.weight, at_once.weight, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("keep", "group"), [(5, 6), (5, 12), (9, 16), (20, 40)])
 def test_groups_wider_than_a_panel_or_no_multiple_of_it_equal_the_plain_column_recursion(keep: int, group: int) -> None:
     sparsity = SparsityConfig(keep=keep, group=group)

@@ -108,7 +108,7 @@ def test_the_sign_of_a_skew_matrix_takes_the_kernel_for_every_product(
     as_if_available: list[tuple[object, ...]], prepare: Callable[..., Callable[..., Tensor]]
 ) -> None:
     A = skew(noise(12))
-    found = prepare(matrix_sign)(A, None, -1)
+    found = prepare(matrix_sign)(A, -1)
     symmetries = [symmetry for _, symmetry, _, _ in as_if_available]
     assert symmetries == [1, 1, -1, 1, 1, -1, 1, 1, -1]
     torch.testing.assert_close(found, matrix_sign(A.double()).float(), rtol=0, atol=1e-4)
@@ -147,14 +147,14 @@ def test_the_kernel_is_for_large_matrices_of_whole_tiles_on_a_gpu() -> None:
 @pytest.mark.parametrize("n", [2048, 2056, 2176])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_the_sign_of_a_large_skew_matrix_is_that_of_the_cpu(n: int, is_compiled: bool) -> None:
-    A = skew(noise(n)).cuda()
+    A = skew(noise(n)).cuda().bfloat16()
     sign = torch.compile(matrix_sign, dynamic=False) if is_compiled else matrix_sign
-    found = sign(A, torch.bfloat16, -1)
+    found = sign(A, -1)
     expected = matrix_sign(A.double())
     assert float((found - expected).norm() / expected.norm()) < 0.03
     if is_available(A):
         assert torch.equal(found, -found.mT)
-        again = sign(A, torch.bfloat16, -1)
+        again = sign(A, -1)
         assert torch.equal(again, found)
     torch.compiler.reset()
 
@@ -176,13 +176,13 @@ def test_a_large_retraction_in_tf32_is_near_that_in_float64() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_kernel_is_replayed_in_a_cuda_graph_and_never_waits_for_the_gpu() -> None:
-    A = skew(noise(2048)).cuda()
-    expected = matrix_sign(A, torch.bfloat16, -1)  # compiles, which may wait
+    A = skew(noise(2048)).cuda().bfloat16()
+    expected = matrix_sign(A, -1)  # compiles, which may wait
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.graph(graph):
-            found = matrix_sign(A, torch.bfloat16, -1)
+            found = matrix_sign(A, -1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     A.neg_()

@@ -30,7 +30,10 @@ from drotator.pruners.masks import (
 logger = logging.getLogger(__name__)
 
 MAX_ESCALATIONS = 3
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 2048
+SPAN = 1024
+"""Columns after which what their removals owe to all that come later is paid in one product, which takes a GPU less
+time than one for every block."""
 PANEL = 8
 """Columns that the plain sweep solves at once, or as many as divide both this and a group."""
 
@@ -141,15 +144,21 @@ def sweep(
     has_kernel = may_use_kernel and sweep_kernel.is_available(columns, block_size)
     sweep_block = sweep_kernel.sweep_block if has_kernel else _sweep_block
     removed = [num_removed(sparsity, d_out, d_in) for d_out in rows]
+    span = block_size * max(SPAN // block_size, 1)
+    owed = torch.empty_like(columns[:span])  # errors of the span's blocks
     for start in range(0, d_in, block_size):
         stop = min(start + block_size, d_in)
+        first, last = start // span * span, min(start // span * span + span, d_in)
         block, block_mask = columns[start:stop], mask[start:stop]
         if not sparsity.is_grouped:
             importance = block.square() * gain[start:stop, None]
             for part, kept, count in zip(importance.split(rows, 1), block_mask.split(rows, 1), removed, strict=True):
                 kept.copy_(matrix_mask(part, stop * count // d_in - start * count // d_in))
         errors = sweep_block(block, block_mask, U[start:stop, start:stop], gain[start:stop], sparsity)
-        columns[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        columns[stop:last].addmm_(U[start:stop, stop:last].T, errors, alpha=-1)
+        owed[start - first : stop - first] = errors
+        if stop == last:
+            columns[last:].addmm_(U[first:last, last:].T, owed[: last - first], alpha=-1)
     return columns.T.contiguous(), mask.T.contiguous()
 
 

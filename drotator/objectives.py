@@ -20,7 +20,7 @@ from drotator.energies import column_energy, energy_moments, output_weights, rot
 from drotator.products import Factor, Products, factor_of, sixteen_bits
 from drotator.rotated_scores import ALL_COLUMNS, Columns, Moments, RotatedWeight, rotated_scores
 from drotator.rotation import inverse_transpose, rotate_output_columns, rotate_value_rows
-from drotator.scores import entropy_along, importance_score, removal
+from drotator.scores import ENTROPY_ALONG_BOTH, entropy_along, importance_score, removal
 
 Objective = Callable[..., Tensor]
 """(R1, R2, batch=None) -> scalar float32, differentiable. batch: (1,) int64, number of one of the batches whose mean is
@@ -242,6 +242,9 @@ def build_objective(
             return batches * score + importance_score(of_value, attention_energy, along_inputs[0], 0)
         whole = []
         for T, of_inputs, dim in ((of_value, attention_energy, 0), (of_output, E, 1)):
+            if world.size == 1:
+                whole.append(importance_score(T, of_inputs, ENTROPY_ALONG_BOTH, dim))
+                continue
             whole.append(importance_score(world.own(T, 1 - dim), of_inputs, entropy_along(dim), dim))
             own = None if of_inputs is None else world.own(of_inputs)
             whole.append(importance_score(world.own(T, dim), own, entropy_along(1 - dim), dim))

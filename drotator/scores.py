@@ -57,6 +57,21 @@ def entropy_slope(S: Tensor, mean_log: Tensor, scale: Tensor) -> Tensor:
     return (mean_log - _log(S)) * scale
 
 
+def entropies_along_both(S: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The summary of `ENTROPY_ALONG_BOTH`, in the unit of the first. Marks: those of both."""
+    value, unit, marks = entropies(S, 0)
+    other, other_unit, (mean_log, scale) = entropies(S, 1)
+    return value + other, unit, (*marks, mean_log, scale * (other_unit / unit))
+
+
+def entropy_slope_along_both(S: Tensor, *marks: Tensor) -> Tensor:
+    return entropy_slope(S, *marks[:2]) + entropy_slope(S, *marks[2:])
+
+
+ENTROPY_ALONG_BOTH = Score(entropies_along_both, entropy_slope_along_both)
+"""The sum of `entropy_along` both dimensions, whose slopes then take one pass."""
+
+
 def _log(S: Tensor) -> Tensor:
     return S.clamp_min(torch.finfo(S.dtype).tiny).log()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drotator.config import SparsityConfig
-from drotator.scores import Score, entropy_along, importance_score, removal
+from drotator.scores import ENTROPY_ALONG_BOTH, Score, entropy_along, importance_score, removal
 
 D, OTHER = 48, 80  # hidden_size, and the other side of the weight: several parts, and multiples of the largest group
 GROUPS = [SparsityConfig(keep=keep, group=group) for keep, group in ((2, 4), (4, 8), (1, 4))]
@@ -59,11 +59,14 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @by_energy
-@pytest.mark.parametrize("kind", ["entropy", "2of4"])
+@pytest.mark.parametrize("kind", ["entropy", "entropy of both", "2of4"])
 def test_the_score_of_a_weight_that_is_at_hand_is_that_of_autograd(dim: int, has_energy: bool, kind: str) -> None:
     """Of the inputs, which lie along `dim`, and so do their energies."""
     T, energy = draw(11, D, OTHER), draw(12, (D, OTHER)[dim]).exp() if has_energy else None
-    score, reference = (entropy_along(dim), partial(entropy_of, dim=dim))
+    score: Score = entropy_along(dim)
+    reference: Reference = partial(entropy_of, dim=dim)
+    if kind == "entropy of both":
+        score, reference = ENTROPY_ALONG_BOTH, lambda S: entropy_of(S, 0) + entropy_of(S, 1)
     if kind == "2of4":
         score, reference = removal(GROUPS[0], dim), partial(removed_of, sparsity=GROUPS[0], dim=dim)
 
@@ -86,6 +89,11 @@ def test_importances_of_zero_have_no_entropy_and_no_gradient(dim: int, dtype: to
     assert slope.isfinite().all() and float(unit) > 0
     assert not slope.movedim(dim, -1)[(rest == 0).all(-1)].any()  # of what has nothing but zeros
     assert (slope * S.sqrt())[S == 0].eq(0).all()
+
+
+def test_a_matrix_of_zeros_has_no_entropy_along_either_dimension() -> None:
+    value, slope, unit = scored(ENTROPY_ALONG_BOTH, torch.zeros(4, 8))
+    assert value == 0 and not slope.any() and unit.isfinite()
 
 
 @pytest.mark.parametrize("dim", [0, 1])

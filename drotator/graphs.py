@@ -4,7 +4,7 @@ once, as a CUDA graph, instead of one by one."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -38,22 +38,25 @@ def _compiled(function: Function) -> Function:
     return compiled
 
 
-def side_by_side(calls: Iterable[Callable[[], None]], device: torch.device) -> None:
-    """Make calls that do not need each other's results. On a GPU each runs on a stream of its own, so that one of many
-    small kernels takes no time beside one of large ones; what follows waits for all."""
+@cache
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A stream of its own for each purpose, always the same: each holds memory that others cannot use."""
+    return torch.cuda.Stream(device)
+
+
+def side_by_side(first: Callable[[], None], second: Callable[[], None], device: torch.device) -> None:
+    """Make two calls that do not need each other's results. On a GPU the second, of many small kernels, runs beside the
+    large ones of the first; what follows waits for both."""
     if device.type != "cuda":
-        for call in calls:
-            call()
+        first()
+        second()
         return
-    current = torch.cuda.current_stream(device)
-    streams = []
-    for call in calls:
-        streams.append(torch.cuda.Stream(device))
-        streams[-1].wait_stream(current)
-        with torch.cuda.stream(streams[-1]):
-            call()
-    for stream in streams:
-        current.wait_stream(stream)
+    current, beside = torch.cuda.current_stream(device), _stream(device, "beside")
+    beside.wait_stream(current)
+    first()
+    with torch.cuda.stream(beside):
+        second()
+    current.wait_stream(beside)
 
 
 def captured(step: Callable[[], None], state: Sequence[Tensor], world: World = ALONE) -> Callable[[], None]:
@@ -73,7 +76,7 @@ def captured(step: Callable[[], None], state: Sequence[Tensor], world: World = A
     mode = "global" if world.size == 1 else "thread_local"  # a thread of NCCL's asks how far its streams are
     failure, is_warm = "", False
     try:
-        stream = torch.cuda.Stream(state[0].device)
+        stream = _stream(state[0].device, "capture")
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):

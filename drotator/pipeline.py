@@ -35,7 +35,7 @@ from drotator.preparation import Job, prepare
 from drotator.products import choose_products, name_of
 from drotator.pruning import (
     LayerContext,
-    importances_of_gate,
+    importance_of_gate,
     learn_layer,
     learn_rotation,
     merge,
@@ -369,7 +369,7 @@ def draw_importance(
     if not run.world.is_first:
         return
     title = f"layer {index}, {spec.gate}"
-    before, after = (summarise(importance) for importance in importances_of_gate(problem, rotation, settings))
+    before, after = (summarise(importance_of_gate(problem, R1, settings)) for R1 in (None, rotation.R1))
     plot_importance_image(run.plots / "importance_image.png", before, after, title)
     plot_importance_curves(run.plots / "importance_curves.png", before, after, title)
 

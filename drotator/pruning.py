@@ -226,10 +226,10 @@ def merge(context: LayerContext, weights: Mapping[str, Tensor], rotation: Rotati
     return polished
 
 
-def importances_of_gate(problem: LayerProblem, rotation: Rotation, settings: PruneConfig) -> tuple[Tensor, Tensor]:
-    """Importance of gate_proj's weights, (m, d), in the dense basis and in that of the rotation."""
-    W, H = problem.weights["gate"], problem.hessians.get("mlp")
-    return importance(W, H, None, settings), importance(W, H, rotation.R1.to(W), settings)
+def importance_of_gate(problem: LayerProblem, R1: Tensor | None, settings: PruneConfig) -> Tensor:
+    """Importance of gate_proj's weights, (m, d), in the dense basis or in that of R1."""
+    W = problem.weights["gate"]
+    return importance(W, problem.hessians.get("mlp"), None if R1 is None else R1.to(W), settings)
 
 
 @torch.no_grad()

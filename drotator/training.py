@@ -93,8 +93,12 @@ def train_rotation(
         for new, old in zip(rotations, best, strict=True):
             torch.where(is_better, new, old, out=old)
         progress = (step / max(settings.steps, 1)).squeeze()
-        updates = [partial(each.update, G, progress) for each, G in zip(optimizers, gradients, strict=True)]
-        side_by_side([update for update, is_learned in zip(updates, learns, strict=True) if is_learned], device)
+
+        def update(number: int) -> None:
+            if learns[number]:
+                optimizers[number].update(gradients[number], progress)
+
+        side_by_side(partial(update, 0), partial(update, 1), device)
         step.add_(1)
 
     with float32_products(precision):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from drotator import importance
 from drotator.importance import CURVE_POINTS, IMAGE_CELLS, summarise
 
 
@@ -40,6 +41,18 @@ def test_the_share_is_what_the_largest_weights_hold(shape: tuple[int, int]) -> N
         assert share == pytest.approx(sum(ordered[: round(part * S.numel())]) / sum(ordered), rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_values_that_are_counted_together_share_their_sum_and_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    S = torch.rand(70, 50, generator=torch.Generator().manual_seed(0)).pow(4)
+    exact = summarise(S).share
+    monkeypatch.setattr(importance, "CHUNK", 999)
+    np.testing.assert_allclose(summarise(S).share, exact, rtol=1e-12)
+    monkeypatch.setattr(importance, "BUCKET_BITS", 12)  # 8 of the exponent and 3 of the mantissa: 1 part in 8
+    coarse = summarise(S).share
+    assert 0 < np.abs(coarse - exact).max() < 1e-2
+    equal = summarise(torch.full((40, 50), 0.3))
+    np.testing.assert_allclose(equal.share, equal.kept, rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), -float("nan"), float("inf")])
 def test_what_has_no_finite_sum_above_zero_has_no_share(value: float) -> None:
     assert np.isnan(summarise(torch.full((4, 8), value)).share).all()

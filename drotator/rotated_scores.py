@@ -29,7 +29,7 @@ from drotator.products import (
     rounded_rotation,
     sixteen_bits,
 )
-from drotator.scores import Score, sloped, summed
+from drotator.scores import Score, two_passes
 
 PART = 2**29
 """Bytes of a rotated weight that are made at once, which bounds the memory of its importances."""
@@ -220,10 +220,8 @@ def _score_of_parts(
         strength = None if energy is None else energy[rows]
         if own.scale is not None:
             strength = own.scale.expand(len(T)) if strength is None else strength * own.scale
-        importances = (T, one.scale, strength, own.counts)
-        value, unit, marks = fused(summed, T)(*importances, score.summary)
         dtype = GRADIENT8 if eight_bits else T.dtype
-        D, by_strength, by_row = fused(sloped, T)(*importances, unit, marks, score.slope, dtype)
+        value, D, by_strength, by_row = two_passes(T, one.scale, strength, own.counts, score, dtype)
         total += value
         gradients.append((gradient_of_rotation(own, D), by_row))
         of_energies.append(by_strength if own.scale is None else by_strength * own.scale)

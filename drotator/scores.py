@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drotator import entropy_kernel
 from drotator.config import SparsityConfig
 from drotator.graphs import fused
 from drotator.products import GRADIENT8
@@ -45,10 +46,13 @@ def entropy_along(dim: int) -> Score:
 
 def entropies(S: Tensor, dim: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The summary of `entropy_along`. Marks: the mean of log S as p weighs it, and 1 / Z over the unit."""
-    Z, of_logs = S.sum(dim, keepdim=True), (S * _log(S)).sum(dim, keepdim=True)
+    return _entropies_of_sums(S.sum(dim, keepdim=True), (S * _log(S)).sum(dim, keepdim=True))
+
+
+def _entropies_of_sums(Z: Tensor, of_logs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     is_empty = Z == 0  # nothing but zeros: no entropy and no gradient
     over_Z = torch.where(is_empty, 0, 1 / Z)
-    unit = over_Z.mean().clamp_min(torch.finfo(S.dtype).tiny)
+    unit = over_Z.mean().clamp_min(torch.finfo(Z.dtype).tiny)
     mean_log = of_logs * over_Z
     return (Z.masked_fill(is_empty, 1).log() - mean_log).sum(), unit, (mean_log, over_Z / unit)
 
@@ -165,15 +169,39 @@ def sloped(
         D = D * counts
     if dtype == GRADIENT8:  # a column that all but misses the strongest row can have a slope of n units
         D = _limited(D, torch.finfo(dtype).max)
-    by_strength = (D * T).sum(1) * unit
-    by_row = 2 * unit * (torch.ones_like(by_strength) if strength is None else strength)
+    by_strength, by_row = _factors_of_rows((D * T).sum(1), unit, strength)
     return D.to(dtype), by_strength, by_row
+
+
+def _factors_of_rows(of_rows: Tensor, unit: Tensor, strength: Vector) -> tuple[Tensor, Tensor]:
+    by_strength = of_rows * unit
+    return by_strength, 2 * unit * (torch.ones_like(by_strength) if strength is None else strength)
 
 
 def _limited(A: Tensor, size: float) -> Tensor:
     """A.clamp(-size, size), which as a compiled kernel asks every number whether it is one."""
     A = torch.where(size < A, size, A)
     return torch.where(-size > A, -size, A)
+
+
+def two_passes(
+    T: Tensor, scale: Vector, strength: Vector, counts: Vector, score: Score, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The score of the importances, and what `sloped` returns, by kernels of its own where there are some."""
+    if scale is not None and counts is None and score is entropy_along(0) and entropy_kernel.is_available(T):
+        value, unit, (mean_log, weight) = fused(_entropies_of_parts, T)(entropy_kernel.sums(T, scale, strength))
+        D, of_rows = entropy_kernel.slopes(T, scale, strength, mean_log, weight)
+        return value, D, *fused(_factors_of_parts, T)(of_rows, unit, strength)
+    value, unit, marks = fused(summed, T)(T, scale, strength, counts, score.summary)
+    return value, *fused(sloped, T)(T, scale, strength, counts, unit, marks, score.slope, dtype)
+
+
+def _entropies_of_parts(sums: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    return _entropies_of_sums(*sums.sum(1))
+
+
+def _factors_of_parts(of_rows: Tensor, unit: Tensor, strength: Vector) -> tuple[Tensor, Tensor]:
+    return _factors_of_rows(of_rows.sum(0), unit, strength)
 
 
 class _Scored(torch.autograd.Function):

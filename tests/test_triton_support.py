@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drotator import symmetric_kernel
+from drotator import entropy_kernel, symmetric_kernel
 from drotator.pruners import sweep_kernel
 
 
@@ -18,8 +18,9 @@ from drotator.pruners import sweep_kernel
     [
         (sweep_kernel, "sweep_block", "SparseGPT takes many times as long"),
         (symmetric_kernel, "multiply", "products take twice as long"),
+        (entropy_kernel, "sums", "steps of the entropy take longer"),
     ],
-    ids=["sweep", "symmetric"],
+    ids=["sweep", "symmetric", "entropy"],
 )
 def test_a_machine_where_triton_cannot_compile_goes_on_with_a_warning(
     kernel: ModuleType,

@@ -21,7 +21,7 @@ from drotator.config import PruneConfig, RotationConfig, describe
 from drotator.console import progress
 from drotator.distributed import World
 from drotator.export import export_checkpoint, merged_rotation
-from drotator.importance import summarise
+from drotator.importance import ImportanceSummary, summarise
 from drotator.objectives import LayerProblem
 from drotator.offload import Offload
 from drotator.plots import (
@@ -276,7 +276,8 @@ def learn_shared_rotation(
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
             rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
             if group[position] == job.source.num_layers // 2:
-                draw_importance(run, group[position], job.source.spec, store.problem(position), rotation, settings)
+                summaries = importances_summarised(store.problem(position), rotation, settings)
+                draw_importance(run, group[position], job.source.spec, *summaries)
             with torch.no_grad():
                 terms = (objective(at.R1, at.R2) for at in (identity, rotation))
                 values = [float(job.world.all_reduce_(term)) for term in terms]
@@ -315,7 +316,8 @@ def prune_layer(
         trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
         if context.index == context.num_layers // 2:
-            draw_importance(run, context.index, context.spec, dense.problem, trained.rotation, settings)
+            summaries = importances_summarised(dense.problem, trained.rotation, settings)
+            draw_importance(run, context.index, context.spec, *summaries)
         merged = merge(context, dense.weights, trained.rotation)
         H = dense.problem.hessians.get("attention")
         known = None if H is None else (merged.R1.mT @ H.double() @ merged.R1).float()
@@ -359,17 +361,26 @@ def prune_layer(
     )
 
 
+def importances_summarised(
+    problem: LayerProblem, rotation: Rotation, settings: PruneConfig
+) -> tuple[ImportanceSummary, ImportanceSummary]:
+    """Summaries of the importance of gate_proj's weights before and after the rotation."""
+    return (
+        summarise(importance_of_gate(problem, None, settings)),
+        summarise(importance_of_gate(problem, rotation.R1, settings)),
+    )
+
+
 def draw_importance(
-    run: RunFolder, index: int, spec: LayerSpec, problem: LayerProblem, rotation: Rotation, settings: PruneConfig
+    run: RunFolder, index: int, spec: LayerSpec, before: ImportanceSummary, after: ImportanceSummary
 ) -> None:
     """Plot the importance of one linear's weights before and after the rotation.
 
-    The plots, which leave what they were given to the garbage collector, get no tensors.
+    Matplotlib leaves what its callers hold, and so what this is given, to the collector of cycles: no large tensors.
     """
     if not run.world.is_first:
         return
     title = f"layer {index}, {spec.gate}"
-    before, after = (summarise(importance_of_gate(problem, R1, settings)) for R1 in (None, rotation.R1))
     plot_importance_image(run.plots / "importance_image.png", before, after, title)
     plot_importance_curves(run.plots / "importance_curves.png", before, after, title)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiny_runs import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from drotator import memory
+from drotator import memory, pipeline
 from drotator.architecture import LayerSizes
 from drotator.artifacts import RunFolder
 from drotator.config import CalibrationConfig, describe
@@ -165,3 +166,33 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_what_to_set(
     check_evaluation(10 * GB, torch.device("cuda:1"))
     with pytest.raises(ValueError, match=f"model, 50.0 GB, but 10.0 GB of the memory of {named} .* eval=none"):
         check_evaluation(50 * GB, torch.device("cuda:1"))
+
+
+def test_what_a_layer_learns_from_is_gone_before_the_pruner_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_source(tmp_path / "model", "llama", num_hidden_layers=2)
+    given = settings(tmp_path, pruner="sparsegpt")
+    job = Job(source, None, torch.randint(2, 67, (3, 32)), CPU, {}, {}, plan_memory(given, source, CPU))  # type: ignore[arg-type]
+    opened: list[weakref.ref[object]] = []
+    left: list[int] = []
+
+    def open_layer(*args: Any) -> Any:
+        dense = pipeline_open_layer(*args)
+        opened.append(weakref.ref(dense.problem))
+        return dense
+
+    def prune_linears(*args: Any) -> Any:
+        left.append(sum(problem() is not None for problem in opened))
+        return pipeline_prune_linears(*args)
+
+    pipeline_open_layer, pipeline_prune_linears = pipeline.open_layer, pipeline.prune_linears
+    monkeypatch.setattr(pipeline, "open_layer", open_layer)
+    monkeypatch.setattr(pipeline, "prune_linears", prune_linears)
+    gc.collect()
+    gc.disable()
+    try:
+        prune_layers(given, job, RunFolder.open(tmp_path / "run", describe(given)))
+    finally:
+        gc.enable()
+    assert left == [0, 0]

@@ -136,7 +136,9 @@ def test_solving_keeps_its_inputs_dead_weights_and_positive_zeros() -> None:
         assert not solved[~mask].any() and not solved[~mask].signbit().any()
         assert row_errors(W, solved, H, damping).sum() < 0.5 * row_errors(W, start, H, damping).sum()
         strided = solve_on_mask(W.T.contiguous().T, start, mask, H.T, damping=damping, steps=30)
-        assert torch.equal(strided, solved)
+        torch.testing.assert_close(
+            strided, solved, rtol=1e-11, atol=1e-13
+        )  # some CPUs sum a transposed H in another order
     assert torch.equal(solve_on_mask(W, start, mask, torch.zeros_like(H), damping=0.01, steps=5), start)
 
 

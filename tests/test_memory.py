@@ -15,7 +15,7 @@ from tiny_runs import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from drotator import memory, pipeline
+from drotator import importance, memory, pipeline
 from drotator.architecture import LayerSizes
 from drotator.artifacts import RunFolder
 from drotator.config import CalibrationConfig, describe
@@ -70,6 +70,7 @@ def test_a_layer_takes_what_is_estimated_and_little_less(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "WORKSPACE", 0)
+    monkeypatch.setattr(importance, "BUCKET_BITS", 12)  # 40 MB for any model, a part of the workspace
     stage, options = RUNS[run][0], dict(RUNS[run][1])
     size = options.pop("intermediate_size", 768)
     changes = {"hidden_size": 256, "intermediate_size": size, "head_dim": 64, "num_hidden_layers": 2}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Times and memory at the shapes of LLaMA3 8B and 70B with random weights, the paper's formulation beside them, and a
 # layer dense, 2:4 and with its boundary matrix, all in one list in FOLDER/bench.json.
-# Took 12 minutes on one H100 with bench.steps=10; needs 10 GB of disk in FOLDER while it runs, and no hub.
+# Took 11 minutes on one H100, in parts; needs 10 GB of disk in FOLDER while it runs, and no hub.
 # Usage: [DROTATOR="python3 -m drotator"] scripts/bench.sh FOLDER [overrides for every run]
 set -uo pipefail
 folder=$1

@@ -148,7 +148,8 @@ def sweep(
     owed = torch.empty_like(columns[:span])  # errors of the span's blocks
     for start in range(0, d_in, block_size):
         stop = min(start + block_size, d_in)
-        first, last = start // span * span, min(start // span * span + span, d_in)
+        first = start // span * span
+        last = min(first + span, d_in)
         block, block_mask = columns[start:stop], mask[start:stop]
         if not sparsity.is_grouped:
             importance = block.square() * gain[start:stop, None]

@@ -31,9 +31,10 @@ HAS_PTX = True
 """Not where Triton is interpreted."""
 
 
-def is_available(T: Tensor) -> bool:
+def is_available(T: Tensor, strength: Tensor | None) -> bool:
     """Tell whether the kernels work on such a weight."""
-    fits = T.dtype == torch.bfloat16 and T.shape[0] % ROWS == 0 and T.shape[1] % COLUMNS == 0 and T.is_contiguous()
+    fits = T.dtype == torch.bfloat16 and T.shape[0] % ROWS == 0 and T.shape[1] % COLUMNS == 0
+    fits = fits and T.is_contiguous() and (strength is None or strength.is_contiguous())
     return T.is_cuda and fits and triton is not None and _runs_on(T.device)
 
 
@@ -52,14 +53,13 @@ def sums(T: Tensor, scale: Tensor, strength: Tensor | None) -> Tensor:
     """Sum S and S log S over parts of the rows: (2, PARTS, n) float32.
 
     Args:
-        T: (d, n) bfloat16. scale, strength: (d,) float32; without a strength it is 1.
+        T: (d, n) bfloat16. scale, strength: (d,) float32, contiguous; without a strength it is 1.
     """
     d, n = T.shape
     found = torch.empty(2, PARTS, n, device=T.device)
+    constants = (ROWS, COLUMNS, PARTS, TINY, LOG2, LOGARITHM, HAS_PTX)
     with torch.cuda.device_of(T):  # Triton launches on the current device, whatever the tensors' own is
-        _sums_kernel[(n // COLUMNS, PARTS)](
-            T, scale, strength, found, d, n, ROWS, COLUMNS, PARTS, TINY, LOG2, LOGARITHM, HAS_PTX, num_warps=NUM_WARPS
-        )
+        _sums_kernel[(n // COLUMNS, PARTS)](T, scale, strength, found, d, n, *constants, num_warps=NUM_WARPS)
     return found
 
 
@@ -70,31 +70,14 @@ def slopes(
     parts of the columns, (PARTS, d) float32.
 
     Args:
-        T, scale, strength: as of `sums`. mean_log, weight: (n,) float32.
+        T, scale, strength: as of `sums`. mean_log, weight: (n,) float32, contiguous.
     """
     d, n = T.shape
     D, found = torch.empty(d, n, device=T.device, dtype=GRADIENT8), torch.empty(PARTS, d, device=T.device)
+    tensors = (T, scale, strength, mean_log, weight, D, found)
+    constants = (LARGEST, ROWS, COLUMNS, PARTS, TINY, LOG2, LOGARITHM, HAS_PTX)
     with torch.cuda.device_of(T):
-        _slopes_kernel[(d // ROWS, PARTS)](
-            T,
-            scale,
-            strength,
-            mean_log,
-            weight,
-            D,
-            found,
-            d,
-            n,
-            ROWS,
-            COLUMNS,
-            PARTS,
-            TINY,
-            LARGEST,
-            LOG2,
-            LOGARITHM,
-            HAS_PTX,
-            num_warps=NUM_WARPS,
-        )
+        _slopes_kernel[(d // ROWS, PARTS)](*tensors, d, n, *constants, num_warps=NUM_WARPS)
     return D, found
 
 
@@ -148,11 +131,11 @@ def _slope_rows(
     found: tl.tensor,  # (PARTS, d), out
     d: int,
     n: int,
+    LARGEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     TINY: tl.constexpr,
-    LARGEST: tl.constexpr,
     LOG2: tl.constexpr,
     LOGARITHM: tl.constexpr,
     HAS_PTX: tl.constexpr,

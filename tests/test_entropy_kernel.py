@@ -28,7 +28,7 @@ def prepared(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name the device on which the kernels now work."""
     if device == "cpu":
         monkeypatch.setattr(entropy_kernel, "HAS_PTX", False)
-        monkeypatch.setattr(entropy_kernel, "is_available", lambda _: True)
+        monkeypatch.setattr(entropy_kernel, "is_available", lambda *_: True)
         monkeypatch.setattr(entropy_kernel, "GRADIENT8", torch.float32)  # Triton's interpreter rounds 0.49 to 0.25
     return device
 
@@ -83,8 +83,9 @@ def test_what_is_not_a_number_stays_none(prepared: str) -> None:
 
 
 def test_other_weights_and_machines_take_the_compiled_passes() -> None:
-    assert not entropy_kernel.is_available(torch.ones(16, 128, dtype=torch.bfloat16))
+    assert not entropy_kernel.is_available(torch.ones(16, 128, dtype=torch.bfloat16), None)
     if torch.cuda.is_available():
         T = torch.ones(32, 256, dtype=torch.bfloat16, device="cuda")
-        assert not entropy_kernel.is_available(T.float()) and not entropy_kernel.is_available(T[:, :100].contiguous())
-        assert not entropy_kernel.is_available(T[:, :128])
+        for other in (T.float(), T[:, :100].contiguous(), T[:, :128]):
+            assert not entropy_kernel.is_available(other, None)
+        assert not entropy_kernel.is_available(T, T.new_ones(()).float().expand(32))

@@ -188,7 +188,7 @@ def time_step(
             lambda: learn_rotation([objective], start, asked, world, precision=problem.precision), device
         )
 
-    few, many = steps, 2 * steps  # a few steps less would be another set-up: what is polished at the end is nearer to I
+    few, many = steps, 2 * steps  # after one step alone R1 is so near to I that polishing it takes less time
     milliseconds(few)
     reset_peak_memory(device)
     both = [(milliseconds(few), milliseconds(many)) for _ in range(TRAININGS)]

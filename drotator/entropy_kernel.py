@@ -10,6 +10,7 @@ rows in PARTS of the columns.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -24,9 +25,7 @@ PARTS = 8
 NUM_WARPS = 4
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(GRADIENT8).max
-LOG2 = 0.6931471805599453
-LOGARITHM = "lg2.approx.ftz.f32 $0, $1;"
-"""PTX."""
+LOG2 = math.log(2)
 HAS_PTX = True
 """Not where Triton is interpreted."""
 
@@ -57,7 +56,7 @@ def sums(T: Tensor, scale: Tensor, strength: Tensor | None) -> Tensor:
     """
     d, n = T.shape
     found = torch.empty(2, PARTS, n, device=T.device)
-    constants = (ROWS, COLUMNS, PARTS, TINY, LOG2, LOGARITHM, HAS_PTX)
+    constants = (ROWS, COLUMNS, PARTS, TINY, LOG2, HAS_PTX)
     with torch.cuda.device_of(T):  # Triton launches on the current device, whatever the tensors' own is
         _sums_kernel[(n // COLUMNS, PARTS)](T, scale, strength, found, d, n, *constants, num_warps=NUM_WARPS)
     return found
@@ -75,10 +74,30 @@ def slopes(
     d, n = T.shape
     D, found = torch.empty(d, n, device=T.device, dtype=GRADIENT8), torch.empty(PARTS, d, device=T.device)
     tensors = (T, scale, strength, mean_log, weight, D, found)
-    constants = (LARGEST, ROWS, COLUMNS, PARTS, TINY, LOG2, LOGARITHM, HAS_PTX)
+    constants = (LARGEST, ROWS, COLUMNS, PARTS, TINY, LOG2, HAS_PTX)
     with torch.cuda.device_of(T):
         _slopes_kernel[(d // ROWS, PARTS)](*tensors, d, n, *constants, num_warps=NUM_WARPS)
     return D, found
+
+
+def _multiply_factors(own_scale: tl.tensor, strength: tl.tensor | None, row: tl.tensor) -> tl.tensor:
+    """What the squares of some rows of T are multiplied by, (rows,)."""
+    factor = own_scale * own_scale
+    if strength is not None:
+        factor *= tl.load(strength + row)
+    return factor
+
+
+def _take_logarithm(S: tl.tensor, TINY: tl.constexpr, HAS_PTX: tl.constexpr) -> tl.tensor:
+    """log2 of S, or of TINY where S is less."""
+    above = tl.maximum(S, TINY)
+    if HAS_PTX:
+        log = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [above], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        log = tl.log2(above)
+    return log
 
 
 def _sum_columns(
@@ -93,7 +112,6 @@ def _sum_columns(
     PARTS: tl.constexpr,
     TINY: tl.constexpr,
     LOG2: tl.constexpr,
-    LOGARITHM: tl.constexpr,
     HAS_PTX: tl.constexpr,
 ) -> None:
     """Sum one part of the rows of COLUMNS columns."""
@@ -105,18 +123,9 @@ def _sum_columns(
     for start in range(part * tiles * ROWS, tl.minimum((part + 1) * tiles * ROWS, d), ROWS):
         row = start + tl.arange(0, ROWS)
         weights = tl.load(T + row.to(tl.int64)[:, None] * n + column[None, :]).to(tl.float32)
-        factor = tl.load(scale + row)
-        factor *= factor
-        if strength is not None:
-            factor *= tl.load(strength + row)
-        S = weights * weights * factor[:, None]
-        above = tl.maximum(S, TINY)
-        if HAS_PTX:
-            log = tl.inline_asm_elementwise(LOGARITHM, "=f,f", [above], dtype=tl.float32, is_pure=True, pack=1)
-        else:
-            log = tl.log2(above)
+        S = weights * weights * _factor(tl.load(scale + row), strength, row)[:, None]
         total += S
-        of_logs += S * log
+        of_logs += S * _logarithm(S, TINY, HAS_PTX)
     tl.store(found + part * n + column, tl.sum(total, axis=0))
     tl.store(found + (PARTS + part) * n + column, tl.sum(of_logs, axis=0) * LOG2)
 
@@ -137,7 +146,6 @@ def _slope_rows(
     PARTS: tl.constexpr,
     TINY: tl.constexpr,
     LOG2: tl.constexpr,
-    LOGARITHM: tl.constexpr,
     HAS_PTX: tl.constexpr,
 ) -> None:
     """Work on one part of the columns of ROWS rows."""
@@ -145,19 +153,13 @@ def _slope_rows(
     part = tl.program_id(1)
     tiles = tl.cdiv(n // COLUMNS, PARTS)
     own_scale = tl.load(scale + row)
-    factor = own_scale * own_scale
-    if strength is not None:
-        factor *= tl.load(strength + row)
+    factor = _factor(own_scale, strength, row)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(part * tiles * COLUMNS, tl.minimum((part + 1) * tiles * COLUMNS, n), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         place = row.to(tl.int64)[:, None] * n + column[None, :]
         weights = tl.load(T + place).to(tl.float32)
-        above = tl.maximum(weights * weights * factor[:, None], TINY)
-        if HAS_PTX:
-            log = tl.inline_asm_elementwise(LOGARITHM, "=f,f", [above], dtype=tl.float32, is_pure=True, pack=1)
-        else:
-            log = tl.log2(above)
+        log = _logarithm(weights * weights * factor[:, None], TINY, HAS_PTX)
         weights *= own_scale[:, None]
         slope = (tl.load(mean_log + column)[None, :] - LOG2 * log) * tl.load(weight + column)[None, :]
         gradient = tl.minimum(tl.maximum(weights * slope, -LARGEST), LARGEST)
@@ -166,5 +168,7 @@ def _slope_rows(
     tl.store(found + part * d + row, tl.sum(total, axis=1))
 
 
+_factor: Any = triton.jit(_multiply_factors) if triton else None
+_logarithm: Any = triton.jit(_take_logarithm) if triton else None
 _sums_kernel: Any = triton.jit(_sum_columns) if triton else None
 _slopes_kernel: Any = triton.jit(_slope_rows) if triton else None

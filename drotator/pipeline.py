@@ -275,7 +275,7 @@ def learn_shared_rotation(
         learned = []
         for position, (R2, order) in enumerate(zip(trained.rotation.R2.chunk(len(group)), orders, strict=True)):
             rotation, objective = dataclasses.replace(trained.rotation, R2=R2, order=order), store[position]
-            if group[position] == job.source.num_layers // 2:
+            if run.world.is_first and group[position] == job.source.num_layers // 2:
                 summaries = importances_summarised(store.problem(position), rotation, settings)
                 draw_importance(run, group[position], job.source.spec, *summaries)
             with torch.no_grad():
@@ -315,7 +315,7 @@ def prune_layer(
         sensitivities = dense.sensitivities
         trained = learn_layer(dense, settings, previous_rotation(run, context.index, settings))
         run.save_rotation(context.index, trained)
-        if context.index == context.num_layers // 2:
+        if run.world.is_first and context.index == context.num_layers // 2:
             summaries = importances_summarised(dense.problem, trained.rotation, settings)
             draw_importance(run, context.index, context.spec, *summaries)
         merged = merge(context, dense.weights, trained.rotation)
@@ -378,8 +378,6 @@ def draw_importance(
 
     Matplotlib leaves what its callers hold, and so what this is given, to the collector of cycles: no large tensors.
     """
-    if not run.world.is_first:
-        return
     title = f"layer {index}, {spec.gate}"
     plot_importance_image(run.plots / "importance_image.png", before, after, title)
     plot_importance_curves(run.plots / "importance_curves.png", before, after, title)

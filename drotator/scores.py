@@ -188,8 +188,8 @@ def two_passes(
     T: Tensor, scale: Vector, strength: Vector, counts: Vector, score: Score, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The score of the importances, and what `sloped` returns, by kernels of its own where there are some."""
-    has_kernel = counts is None and score is entropy_along(0) and entropy_kernel.is_available(T, strength)
-    if scale is not None and has_kernel:
+    is_for_kernel = counts is None and score is entropy_along(0)
+    if scale is not None and is_for_kernel and entropy_kernel.is_available(T, strength):
         value, unit, (mean_log, weight) = fused(_entropies_of_parts, T)(entropy_kernel.sums(T, scale, strength))
         D, of_rows = entropy_kernel.slopes(T, scale, strength, mean_log, weight)
         return value, D, *fused(_factors_of_parts, T)(of_rows, unit, strength)

@@ -33,7 +33,8 @@ def solve_on_mask(W: Tensor, start: Tensor, mask: Tensor, H: Tensor, *, damping:
         section 3.3.
     """
     require_finite(H, "The Hessian H")
-    W, start, H = W.contiguous(), torch.where(mask, start, 0), H.clone()  # one layout: the same bits for any strides
+    W, start = W.contiguous(), torch.where(mask, start, 0)  # one layout: the same bits for any strides
+    H = H.clone(memory_format=torch.contiguous_format)
     diagonal = H.diagonal()
     diagonal += damping * diagonal.mean()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
